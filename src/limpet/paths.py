@@ -1,0 +1,185 @@
+"""Every name that limpet puts on a disk, with what it is. No other module spells one.
+
+    data/                       durable: back this up
+      limpet.db                 SQLite: what every sandbox *is* (spec, state, workspace), events, operations
+      lock                      flock: one daemon per state directory
+      sandboxes/<id>/           everything of one sandbox; removed with it
+        root.qcow2              system disk, an overlay over images/<digest>/root.raw
+        data.qcow2              data disk (@home, @workspace), an overlay over the blank Btrfs disk
+        intake.raw              scratch for bulk host → guest; sparse, meaningless after a stop
+        handles.json            what is true now: pids, start times, sockets; rebuilt from the live system
+        vm.lock                 flock held by QEMU: "locked" is what "running" means
+        console.log             serial console, bounded
+        agent.log               the guest agent's own log, bounded
+        qemu.log                QEMU's stderr, bounded
+    cache/                      can be made again by `limpet setup`
+      pieces/<key>/             kernel, modules, guest Python: unpacked from Debian packages
+      artifacts/<name>-<key>    vmlinux, initramfs, agent disk, blank data disk: content-addressed
+      images/<name>/<key>/      image: root.raw and image.json
+      probe.json                the accelerator verdict and its key
+      bench/                    what `make bench` keeps between runs
+    run/                        gone after a reboot; 0700
+      daemon.sock               the API
+      daemon.log                structured log of the daemon (JSON lines)
+      daemon.json               pid, version and start time of the daemon
+      vm/<short>/qmp, chan      a VM's sockets
+
+`LIMPET_HOME` puts all three under one directory. Unix socket paths hold at most 107 bytes (unix(7)): when `run` is
+too deep for them, sockets move to a 0700 directory in /tmp named after a hash of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+from limpet.errors import FailedPrecondition
+
+_LONGEST_SOCKET = len("/vm/0123456789ab/chan")
+_SUN_PATH_MAX = 107  # bytes, unix(7): sun_path[108] with its final NUL
+_ELSEWHERE = "set LIMPET_HOME to a directory you can write to"
+
+
+@dataclass(frozen=True)
+class SandboxPaths:
+    """The files of one sandbox, and the directory of its sockets."""
+
+    root: Path
+    sockets: Path
+
+    @property
+    def root_disk(self) -> Path:
+        return self.root / "root.qcow2"
+
+    @property
+    def data_disk(self) -> Path:
+        return self.root / "data.qcow2"
+
+    @property
+    def intake(self) -> Path:
+        return self.root / "intake.raw"
+
+    @property
+    def handles(self) -> Path:
+        return self.root / "handles.json"
+
+    @property
+    def lock(self) -> Path:
+        return self.root / "vm.lock"
+
+    @property
+    def console_log(self) -> Path:
+        return self.root / "console.log"
+
+    @property
+    def agent_log(self) -> Path:
+        return self.root / "agent.log"
+
+    @property
+    def qemu_log(self) -> Path:
+        return self.root / "qemu.log"
+
+    @property
+    def qmp(self) -> Path:
+        return self.sockets / "qmp"
+
+    @property
+    def channel(self) -> Path:
+        return self.sockets / "chan"
+
+
+@dataclass(frozen=True)
+class Paths:
+    """The three roots of one limpet installation."""
+
+    data: Path
+    cache: Path
+    run: Path
+
+    @property
+    def database(self) -> Path:
+        return self.data / "limpet.db"
+
+    @property
+    def state_lock(self) -> Path:
+        return self.data / "lock"
+
+    @property
+    def sandboxes(self) -> Path:
+        return self.data / "sandboxes"
+
+    @property
+    def pieces(self) -> Path:
+        return self.cache / "pieces"
+
+    @property
+    def artifacts(self) -> Path:
+        return self.cache / "artifacts"
+
+    @property
+    def images(self) -> Path:
+        return self.cache / "images"
+
+    @property
+    def probe(self) -> Path:
+        return self.cache / "probe.json"
+
+    @property
+    def sockets(self) -> Path:
+        """Where sockets live: `run`, or a short stand-in in /tmp when `run` is too deep."""
+        if len(os.fsencode(self.run)) + _LONGEST_SOCKET <= _SUN_PATH_MAX:
+            return self.run
+        digest = hashlib.sha256(os.fsencode(self.run)).hexdigest()[:12]
+        return Path(f"/tmp/limpet-{os.getuid()}-{digest}")
+
+    @property
+    def daemon_socket(self) -> Path:
+        return self.sockets / "daemon.sock"
+
+    @property
+    def daemon_log(self) -> Path:
+        return self.run / "daemon.log"
+
+    @property
+    def daemon_info(self) -> Path:
+        return self.run / "daemon.json"
+
+    def sandbox(self, sandbox_id: str) -> SandboxPaths:
+        """The files of the sandbox with this id (`sb_…`)."""
+        short = hashlib.sha256(sandbox_id.encode()).hexdigest()[:12]
+        return SandboxPaths(self.sandboxes / sandbox_id, self.sockets / "vm" / short)
+
+    def make(self) -> None:
+        """Create the roots (0700 where only the user has business). Raises FailedPrecondition when one cannot be."""
+        for directory in (self.data, self.sandboxes, self.cache, self.run, self.sockets):
+            try:
+                directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            except OSError as error:
+                raise FailedPrecondition(f"cannot create {directory}: {error.strerror}", hint=_ELSEWHERE) from None
+            if not os.access(directory, os.W_OK | os.X_OK):
+                raise FailedPrecondition(f"{directory} is not writable", hint=_ELSEWHERE)
+        found = self.sockets.stat()
+        if found.st_uid != os.getuid():
+            raise FailedPrecondition(f"{self.sockets} belongs to another user", hint="set LIMPET_HOME to a short path")
+        if stat.S_IMODE(found.st_mode) & 0o077:
+            self.sockets.chmod(0o700)
+
+
+def discover() -> Paths:
+    """The paths of this user: `LIMPET_HOME` when set, else the platform's data, cache and runtime directories."""
+    if home := os.environ.get("LIMPET_HOME"):
+        root = Path(home).absolute()
+        return Paths(root / "data", root / "cache", root / "run")
+    import platformdirs
+
+    dirs = platformdirs.PlatformDirs("limpet", appauthor=False)
+    runtime = Path(os.environ["XDG_RUNTIME_DIR"]) / "limpet" if _runtime_dir_usable() else dirs.user_state_path / "run"
+    return Paths(dirs.user_data_path, dirs.user_cache_path, runtime)
+
+
+def _runtime_dir_usable() -> bool:
+    directory = os.environ.get("XDG_RUNTIME_DIR")
+    return bool(directory) and os.access(directory or "", os.W_OK)
