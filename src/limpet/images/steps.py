@@ -1,0 +1,174 @@
+"""Setup: everything that sandboxes are made of, from Debian packages, step by step.
+
+    pieces ─┬─ kernel ───────┐
+            ├─ initramfs     ├─ data disk
+            └─ agent disk    ┘
+    image base
+
+Each step makes its result in a staging directory and publishes it by one rename under a name that is a hash of what
+went into it. So a step whose name is there is done; a setup that was killed leaves strays, which the next one sweeps,
+and goes on with the first step that is missing. A lock lets one setup work at a time; others wait and find it done.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import functools
+import os
+import shutil
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
+
+from limpet import durable
+from limpet.errors import LimpetError
+from limpet.images import agent_disk, base, blank, initramfs, kernel, pieces, registry, requirements
+from limpet.images.bootstrap import Report
+from limpet.images.plan import Plan
+from limpet.models import Stage
+from limpet.paths import Paths
+
+Progress = Callable[[Stage], None]
+
+_KEEP = 3  # versions of each artifact; older ones go
+_LOCK_POLL = 0.2  # seconds
+
+
+async def setup(paths: Paths, *, progress: Progress, force: bool = False, mirror: str | None = None) -> list[str]:
+    """Make what is missing and return the names of the steps that were done (none the second time).
+
+    `mirror` is an argument of mmdebstrap: a URL or a sources.list line. `force` makes the image anew although its
+    recipe is unchanged, for newer packages; running sandboxes keep the version that they have.
+    Raises Unavailable (tools, network), FailedPrecondition (namespaces) or InsufficientSpace, each with a remedy."""
+    plan = Plan.make(paths)
+    if not force and not plan.missing() and plan.base_is_current():
+        return []
+    paths.make()
+    async with _alone(paths, progress):
+        if plan.missing() or not plan.base_is_current() or force:
+            await requirements.check(paths)
+        return await _Setup(plan, progress, mirror).run(force)
+
+
+class _Setup:
+    """One run of setup, under its lock."""
+
+    def __init__(self, plan: Plan, progress: Progress, mirror: str | None) -> None:
+        self._plan, self._progress, self._mirror = plan, progress, mirror
+        self._done: list[str] = []
+
+    async def run(self, force: bool) -> list[str]:
+        image_directory = self._plan.paths.images / base.NAME
+        for directory in (self._plan.paths.pieces, self._plan.paths.artifacts, image_directory):
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            durable.sweep(directory)
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._artifacts())
+                if force or not self._plan.base_is_current():
+                    group.create_task(self._base(image_directory))
+        except* LimpetError as errors:
+            raise _first(errors) from None
+        for kind in ("vmlinux", "initramfs", "agent", "data"):
+            _forget_old(self._plan.paths.artifacts, kind)
+        return self._done
+
+    async def _artifacts(self) -> None:
+        if not self._plan.missing():
+            return
+        found = await self._pieces()
+        await self._file("kernel", self._plan.kernel, lambda _, target: _write_kernel(found, target))
+        await self._file("initramfs", self._plan.initramfs, lambda _, target: _write_initramfs(found, target))
+        await self._file("agent disk", self._plan.agent_disk, functools.partial(agent_disk.build, found))
+        await self._file("data disk", self._plan.blank_data, functools.partial(blank.build, found, self._plan.kernel))
+
+    async def _pieces(self) -> pieces.Pieces:
+        target = self._plan.pieces
+        if not target.exists():
+            with self._stage("pieces") as report, _staging(target.parent, "pieces") as work:
+                await pieces.build(work, report, self._mirror)
+                await asyncio.to_thread(durable.publish, work, target)
+        return pieces.load(target)
+
+    async def _file(self, name: str, target: Path, build: Callable[[Path, Path], Awaitable[None]]) -> None:
+        if target.exists():
+            return
+        with self._stage(name), _staging(target.parent, target.name) as work:
+            result = work / "result"
+            await build(work, result)
+            result.chmod(0o444)
+            await asyncio.to_thread(durable.publish, result, target)
+
+    async def _base(self, directory: Path) -> None:
+        with self._stage("image base") as report, _staging(directory, "image") as work:
+            await base.build(work, report, self._mirror)
+            facts = {"user": "user", "home": "/home/user"}
+            await asyncio.to_thread(registry.publish, self._plan.paths, base.NAME, work, self._plan.base_recipe, facts)
+
+    @contextlib.contextmanager
+    def _stage(self, name: str) -> Iterator[Report]:
+        """Tell the beginning, the progress and the end of a step."""
+        started = time.monotonic()
+        self._progress(Stage(name=name, state="running", fraction=0.0))
+        try:
+            yield lambda fraction, detail: self._progress(
+                Stage(name=name, state="running", fraction=fraction, detail=detail, seconds=time.monotonic() - started)
+            )
+        except BaseException as error:
+            self._progress(Stage(name=name, state="failed", detail=str(error), seconds=time.monotonic() - started))
+            raise
+        self._done.append(name)
+        self._progress(Stage(name=name, state="done", fraction=1.0, seconds=time.monotonic() - started))
+
+
+async def _write_kernel(found: pieces.Pieces, target: Path) -> None:
+    target.write_bytes(await kernel.vmlinux(found.vmlinuz.read_bytes()))
+
+
+async def _write_initramfs(found: pieces.Pieces, target: Path) -> None:
+    target.write_bytes(initramfs.build(found))
+
+
+@contextlib.contextmanager
+def _staging(directory: Path, name: str) -> Iterator[Path]:
+    work = durable.staging(directory, name)
+    try:
+        yield work
+    finally:
+        shutil.rmtree(work, ignore_errors=True)  # whatever was published is no longer in it
+
+
+@contextlib.asynccontextmanager
+async def _alone(paths: Paths, progress: Progress) -> AsyncIterator[None]:
+    """Hold the setup lock; while another process has it, say so and wait. The kernel releases it with the process."""
+    fd = os.open(paths.setup_lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        waited = False
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if not waited:
+                    progress(Stage(name="lock", state="running", detail="another setup is at work; waiting for it"))
+                waited = True
+                await asyncio.sleep(_LOCK_POLL)
+        if waited:
+            progress(Stage(name="lock", state="done"))
+        yield
+    finally:
+        os.close(fd)
+
+
+def _forget_old(directory: Path, kind: str) -> None:
+    """Remove all but the newest versions of an artifact; a VM that runs from one keeps it open."""
+    found = sorted(directory.glob(f"{kind}-*"), key=lambda path: path.stat().st_mtime, reverse=True)
+    for old in found[_KEEP:]:
+        old.unlink(missing_ok=True)
+
+
+def _first(group: BaseExceptionGroup[LimpetError]) -> LimpetError:
+    error = group.exceptions[0]
+    return _first(error) if isinstance(error, BaseExceptionGroup) else error
