@@ -1,0 +1,207 @@
+"""The command line of one virtual machine, as data: what goes in is a MachineSpec, what comes out is an argv.
+
+The machine is QEMU's microvm board with virtio-mmio devices only. Where several spellings exist, the JSON one is used
+(`-blockdev`, `-device`, `-object`), because paths with commas or spaces need no quoting there.
+
+    disk      vda agent   squashfs, read-only, shared by all machines
+              vdb root    qcow2 overlay over an image
+              vdc data    qcow2 overlay over a blank Btrfs disk
+              vdd intake  raw scratch for bulk data from the host
+    serial    ttyS0 → console log;   virtio-serial port `limpet.agent` → channel socket
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from limpet.vmm.network import GuestNetwork
+
+Accel = Literal["kvm", "tcg"]
+Arguments = list[str]
+
+QEMU = "qemu-system-x86_64"
+AGENT_PORT = "limpet.agent"
+
+# TCG keeps translated code here, in MiB, and it is most of a machine's memory: see docs/performance.md.
+DEFAULT_TB_MIB = 64
+
+# Guest CPU under TCG. ERMS makes the kernel copy with `rep movsb`, which TCG interprets byte by byte.
+_TCG_CPU = "max,-erms"
+
+_SECCOMP = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
+
+
+@dataclass(frozen=True)
+class MachineSpec:
+    """Everything QEMU needs to run one machine. Paths are absolute; `uuid` is what `adopt` recognises it by.
+
+    `tsc_khz` is the frequency of the guest's time-stamp counter; without it a boot under TCG may stall in calibration.
+    `network` None: the guest has no network device. `append` goes to the kernel's command line as it is."""
+
+    name: str
+    uuid: str
+    vcpus: int
+    memory_mib: int
+    kernel: Path
+    initramfs: Path
+    agent_disk: Path
+    root_disk: Path
+    data_disk: Path
+    intake: Path
+    qmp_socket: Path
+    channel_socket: Path
+    console_log: Path
+    qemu_log: Path
+    lock: Path
+    accel: Accel = "tcg"
+    tsc_khz: int | None = None
+    tb_mib: int = DEFAULT_TB_MIB
+    network: GuestNetwork | None = None
+    append: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Descriptors:
+    """Open files that QEMU inherits by number: two listening sockets, and the network's end of a socket pair."""
+
+    qmp: int
+    channel: int
+    network: int | None = None
+
+
+def command_line(spec: MachineSpec, inherited: Descriptors) -> Arguments:
+    """The whole argv. Pure: nothing is looked up, opened or created."""
+    return [
+        QEMU,
+        *_identity(spec),
+        *board(spec.accel),
+        *accelerator(spec.accel, spec.tb_mib),
+        *_size(spec),
+        *_kernel(spec),
+        *_disks(spec),
+        *_console(spec.console_log),
+        *_control(inherited.qmp),
+        *_channel(inherited.channel),
+        *_json("-object", {"qom-type": "rng-builtin", "id": "entropy"}),
+        *_json("-device", {"driver": "virtio-rng-device", "rng": "entropy"}),
+        *_network(spec, inherited.network),
+        "-sandbox", _SECCOMP,
+    ]  # fmt: skip
+
+
+def board(accel: Accel) -> Arguments:
+    """The microvm board. Without KVM the guest needs PIT and PIC: a boot under TCG hangs when they are off."""
+    timers = "pit=off,pic=off" if accel == "kvm" else "pit=on,pic=on"
+    return [
+        "-M", f"microvm,x-option-roms=off,rtc=on,isa-serial=on,{timers}",
+        "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none",
+        "-global", "virtio-mmio.force-legacy=false",
+    ]  # fmt: skip
+
+
+def accelerator(accel: Accel, tb_mib: int = DEFAULT_TB_MIB) -> Arguments:
+    """Accelerator and CPU model; `tb_mib` bounds TCG's translation cache."""
+    if accel == "kvm":
+        return ["-accel", "kvm", "-cpu", "host"]
+    return ["-accel", f"tcg,thread=multi,tb-size={tb_mib}", "-cpu", _TCG_CPU]
+
+
+def kernel_parameters(accel: Accel, tsc_khz: int | None) -> tuple[str, ...]:
+    """Parameters that every boot of this accelerator gets."""
+    common = ("console=ttyS0", "quiet", "panic=-1", "reboot=t", "cryptomgr.notests", "8250.nr_uarts=1",
+              "random.trust_cpu=on")  # fmt: skip
+    if accel == "kvm":
+        return common
+    # TCG is no security boundary, so mitigations only cost time there. TCG finds translated code by virtual address:
+    # with address randomisation every exec would translate its program anew (22 ms instead of 3 for /bin/true).
+    emulated = ("mitigations=off", "nokaslr", "norandmaps", "no_timer_check", "tsc=reliable")
+    return (*common, *emulated, *([f"tsc_early_khz={tsc_khz}"] if tsc_khz else []))
+
+
+def mac_address(uuid: str) -> str:
+    """A locally administered address that stays the same for one machine."""
+    return "52:54:00:" + ":".join(f"{byte:02x}" for byte in zlib.crc32(uuid.encode()).to_bytes(4, "big")[1:])
+
+
+def _identity(spec: MachineSpec) -> Arguments:
+    # The kernel shows 15 characters of a process name (prctl(2), PR_SET_NAME).
+    return ["-name", f"guest={_plain(spec.name)},process={_plain(('limpet-' + spec.name)[:15])}", "-uuid", spec.uuid]
+
+
+def _size(spec: MachineSpec) -> Arguments:
+    return ["-smp", str(spec.vcpus), "-m", f"{spec.memory_mib}M"]
+
+
+def _kernel(spec: MachineSpec) -> Arguments:
+    parameters = [*kernel_parameters(spec.accel, spec.tsc_khz), *spec.append]
+    if spec.network:
+        parameters.append(spec.network.kernel_parameter())
+    return ["-kernel", str(spec.kernel), "-initrd", str(spec.initramfs), "-append", " ".join(parameters)]
+
+
+def _disks(spec: MachineSpec) -> Arguments:
+    durable = {"werror": "stop", "rerror": "report"}  # a full host disk pauses the guest instead of corrupting it
+    return [
+        *_disk("agent", {"driver": "raw", "read-only": True}, _file(spec.agent_disk, {"read-only": True})),
+        *_disk("root", {"driver": "qcow2", "discard": "unmap"}, _file(spec.root_disk), durable),
+        *_disk("data", {"driver": "qcow2", "discard": "unmap"}, _file(spec.data_disk), durable),
+        # limpet writes to the intake disk while QEMU has it open.
+        *_disk("intake", {"driver": "raw"}, _file(spec.intake, {"locking": "off"})),
+    ]
+
+
+def _disk(
+    name: str, node: Mapping[str, object], file: Mapping[str, object], device: Mapping[str, object] | None = None
+) -> Arguments:
+    # Writes go through the host's page cache and the guest's flushes through fsync: cache=writeback, never unsafe.
+    cache = {"direct": False, "no-flush": False}
+    return [
+        *_json("-blockdev", {"node-name": name, "cache": cache, **node, "file": {"cache": cache, **file}}),
+        *_json("-device", {"driver": "virtio-blk-device", "id": f"disk-{name}", "drive": name, "serial": name,
+                           **(device or {})}),
+    ]  # fmt: skip
+
+
+def _file(path: Path, options: Mapping[str, object] | None = None) -> dict[str, object]:
+    return {"driver": "file", "filename": str(path), "discard": "unmap", **(options or {})}
+
+
+def _console(path: Path) -> Arguments:
+    # append=on: the log can be shortened while QEMU writes, it goes on at the new end.
+    return ["-chardev", f"file,id=console,path={_plain(str(path))},append=on", "-serial", "chardev:console"]
+
+
+def _control(fd: int) -> Arguments:
+    return ["-chardev", f"socket,id=control,fd={fd},server=on,wait=off", "-mon", "chardev=control,mode=control"]
+
+
+def _channel(fd: int) -> Arguments:
+    return [
+        "-chardev", f"socket,id=channel,fd={fd},server=on,wait=off",
+        *_json("-device", {"driver": "virtio-serial-device"}),
+        *_json("-device", {"driver": "virtserialport", "chardev": "channel", "name": AGENT_PORT}),
+    ]  # fmt: skip
+
+
+def _network(spec: MachineSpec, fd: int | None) -> Arguments:
+    if spec.network is None or fd is None:
+        return []
+    mac, mtu = mac_address(spec.uuid), spec.network.mtu
+    return [
+        "-netdev", f"stream,id=net,server=off,addr.type=fd,addr.str={fd}",
+        *_json("-device", {"driver": "virtio-net-device", "netdev": "net", "mac": mac, "host_mtu": mtu}),
+    ]  # fmt: skip
+
+
+def _json(option: str, value: Mapping[str, object] | Sequence[object]) -> Arguments:
+    return [option, json.dumps(value, separators=(",", ":"))]
+
+
+def _plain(value: str) -> str:
+    """A value inside a comma-separated option: QEMU reads `,,` as one comma."""
+    return value.replace(",", ",,")
