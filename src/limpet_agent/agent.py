@@ -1,0 +1,216 @@
+"""The agent proper: one process that serves the channel. It may die; PID 1 starts another (supervisor.py)."""
+
+from __future__ import annotations
+
+import os
+import time
+from _thread import allocate_lock, start_new_thread
+
+from limpet_agent import PROTOCOL, VERSION, links, system
+from limpet_agent.agentlog import Log
+from limpet_agent.config import Config
+from limpet_agent.execs import Execs
+from limpet_agent.faults import Fault, Gone, from_os
+from limpet_agent.intake import Intake
+from limpet_agent.keeper import Held, Keeper, receive
+from limpet_agent.loop import IN, Loop
+from limpet_agent.streams import Mux, Stream, Worker
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from _socket import socket as Socket
+    from collections.abc import Callable
+    from typing import Any
+
+    Params = dict[str, Any]
+
+_DATA_PATIENCE = 30.0  # seconds that operations wait for the data disk
+_DATA_LOOK = 0.01
+
+
+class Agent:
+    """Everything that lives as long as this process."""
+
+    def __init__(
+        self, config: Config, supervisor: Socket, listener: Socket | None, held: dict[str, Held], starts: int
+    ) -> None:
+        self.config = config
+        self.log = Log(config.log)
+        self.loop = Loop(lambda error: self.log("callback failed", error=repr(error), at=_where(error)))
+        self._starts = starts
+        self._supervisor = supervisor
+        self._keeper = Keeper(supervisor, self.log)
+        self.boot_id = system.boot_id()
+        self._execs = Execs(self.loop, self._keeper, config.state, self.boot_id, protect=not config.local)
+        self._execs.adopt(held)
+        self._intake: Intake | None = None
+        self._waiting: list[Callable[[], None]] = []
+        self._data = "ready" if config.local else "waiting"
+        self._began = time.monotonic()
+        link = self._link(listener)
+        self.mux = Mux(link, self._opened, self._open_intake, self.log)
+        self._short: dict[str, Callable[[Stream, Params], None]] = {
+            "ping": self._ping, "system": self._system, "hostname": self._hostname, "log": self._send_log,
+            "poweroff": self._poweroff,
+        }  # fmt: skip
+        execs = self._execs
+        self._after_data: dict[str, Callable[[Stream, Params], None]] = {
+            "exec.start": execs.op_start, "exec.attach": execs.op_attach, "exec.list": execs.op_list,
+            "exec.get": execs.op_get, "exec.signal": execs.op_signal, "exec.wait": execs.op_wait,
+            "exec.stdin": execs.op_stdin, "tcp.connect": self._tcp, "sync": self._in_thread("sync"),
+        }  # fmt: skip
+        for name in ("stat", "list", "read", "write", "mkdir", "rename", "remove", "pack", "unpack"):
+            self._after_data["fs." + name] = self._in_thread(name)
+        self.loop.watch(supervisor.fileno(), IN, self._told)
+        link.start()
+
+    def run(self) -> None:
+        """Serve until the process ends."""
+        self.log("agent started", version=VERSION, starts=self._starts)
+        self._look_for_data()
+        self.loop.run()
+
+    def _link(self, listener: Socket | None) -> links.PortLink | links.SocketLink:
+        if listener is not None:
+            return links.SocketLink(self.loop, listener)
+        for _ in range(500):  # the port appears a moment after its module
+            device = links.find_port()
+            if device is not None:
+                return links.PortLink(self.loop, device)
+            time.sleep(0.01)
+        raise SystemExit("no virtio port named " + links.PORT_NAME)
+
+    def _open_intake(self) -> Intake:
+        if self._intake is None:
+            self._intake = Intake(self.config.intake if self.config.local else links.find_disk("intake"))
+        return self._intake
+
+    def _told(self, _events: int) -> None:
+        try:
+            received = receive(self._supervisor)
+        except BlockingIOError:
+            return
+        if received is None:
+            os._exit(1)  # no PID 1, no agent
+        message = received[0]
+        if "ended" in message:
+            self._execs.orphan_ended(message["ended"], message["status"])
+
+    # -- operations
+
+    def _opened(self, stream: Stream, params: Params) -> None:
+        op, op_id = params.get("op"), params.get("op_id")
+        stream.op_id = op_id if isinstance(op_id, str) else None
+        if op != "ping":
+            self.log(f"{op}", stream.op_id)
+        if not isinstance(op, str):
+            raise Fault("bad_request", "the request names no operation")
+        if op in self._short:
+            self._guarded(self._short[op], stream, params)
+        elif op in self._after_data:
+            handler = self._after_data[op]
+            if self._data == "waiting":
+                self._waiting.append(lambda: self._guarded(handler, stream, params))
+            else:
+                self._guarded(handler, stream, params)
+        else:
+            raise Fault("unimplemented", f"this agent ({VERSION}) has no operation '{op}'", "restart the sandbox")
+
+    def _guarded(self, handler: Callable[[Stream, Params], None], stream: Stream, params: Params) -> None:
+        """Run a handler; whatever it raises ends its stream and nothing else."""
+        try:
+            handler(stream, params)
+        except Fault as fault:
+            self.log("refused", stream.op_id, code=fault.code, message=fault.message)
+            stream.reset(fault)
+        except OSError as error:
+            stream.reset(from_os(error))
+        except Exception as error:
+            self.log("operation failed", stream.op_id, error=repr(error), at=_where(error))
+            stream.reset(Fault("internal", f"the guest agent failed: {error!r}"))
+
+    def _in_thread(self, name: str) -> Callable[[Stream, Params], None]:
+        """A handler that runs `files.<name>(worker, params)` in a thread of its own."""
+
+        def handler(stream: Stream, params: Params) -> None:
+            lock = allocate_lock()
+            lock.acquire()
+            worker = Worker(stream, self.loop.from_thread, lock)
+            start_new_thread(self._work, (name, worker, params, stream.op_id))
+
+        return handler
+
+    def _work(self, name: str, worker: Worker, params: Params, op_id: str | None) -> None:
+        from limpet_agent import files
+
+        try:
+            files.OPERATIONS[name](worker, params)
+            worker.finish()
+        except Gone:
+            self.log("abandoned", op_id, op=name)
+        except Fault as fault:
+            self.log("refused", op_id, code=fault.code, message=fault.message)
+            worker.fail(fault)
+        except OSError as error:
+            worker.fail(from_os(error))
+        except Exception as error:
+            self.log("operation failed", op_id, error=repr(error), at=_where(error))
+            worker.fail(Fault("internal", f"the guest agent failed: {error!r}"))
+
+    def _ping(self, stream: Stream, params: Params) -> None:
+        if params.get("time_ns") is not None:
+            system.set_clock(params["time_ns"])
+        stream.answer({
+            "version": VERSION, "protocol": PROTOCOL, "boot_id": self.boot_id, "time_ns": time.time_ns(),
+            "agent_pid": os.getpid(), "agent_starts": self._starts, "uptime": system.uptime(), "data": self._data,
+        })  # fmt: skip
+
+    def _system(self, stream: Stream, _params: Params) -> None:
+        stream.answer(system.info())
+
+    def _hostname(self, stream: Stream, params: Params) -> None:
+        system.set_hostname(params.get("name"))
+        stream.answer({"ok": True})
+
+    def _send_log(self, stream: Stream, params: Params) -> None:
+        tail = params.get("tail")
+        text = self.log.tail(tail if isinstance(tail, int) else 1000)
+        for at in range(0, len(text), 64 << 10):
+            stream.send(text[at : at + (64 << 10)])
+        stream.end()
+
+    def _tcp(self, stream: Stream, params: Params) -> None:
+        from limpet_agent import tcp
+
+        tcp.connect(self.loop, stream, params)
+
+    def _poweroff(self, stream: Stream, _params: Params) -> None:
+        stream.answer({"ok": True})
+        self.loop.after(0.01, self._keeper.poweroff)  # let the answer leave first
+
+    # -- the data disk
+
+    def _look_for_data(self) -> None:
+        if self._data != "waiting":
+            return
+        if os.path.exists(self.config.marks + "/data-ready"):
+            self._data = "ready"
+        elif os.path.exists(self.config.marks + "/data-failed"):
+            self._data = "failed: " + (system.read(self.config.marks + "/data-failed").strip() or "see the console log")
+        elif time.monotonic() - self._began > _DATA_PATIENCE:
+            self._data = "failed: the data disk was not mounted in time"
+        else:
+            self.loop.after(_DATA_LOOK, self._look_for_data)
+            return
+        self.log("data disk", state=self._data)
+        for call in self._waiting:
+            call()
+        self._waiting.clear()
+
+
+def _where(error: BaseException) -> str:
+    """File and line at which an exception was raised; `traceback` would be a large import."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return f"{trace.tb_frame.f_code.co_filename.rpartition('/')[2]}:{trace.tb_lineno}" if trace is not None else "?"

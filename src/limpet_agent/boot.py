@@ -1,0 +1,208 @@
+"""What PID 1 does to the machine: the rest of the boot that the initramfs left, and switching it off.
+
+Nothing here may keep the agent waiting: system calls only, and one background shell for mounts (Python has no
+mount(2), and importing ctypes takes longer than forking).
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from struct import pack
+
+from limpet_agent.agentlog import Log
+from limpet_agent.config import Config
+from limpet_agent.signals import native as signal
+
+_SYSCTLS = {  # write back early: what a killed machine may lose, see docs
+    "vm/dirty_expire_centisecs": "100",
+    "vm/dirty_writeback_centisecs": "100",
+}
+_MOUNTS = (  # what the initramfs may have left to us
+    ("/dev/pts", "devpts", "mode=620,ptmxmode=666,gid=5"),
+    ("/dev/shm", "tmpfs", "mode=1777,nosuid,nodev"),
+    ("/sys/fs/cgroup", "cgroup2", "nosuid,nodev,noexec"),
+)
+_GRACE = 1.5  # seconds that processes get between SIGTERM and SIGKILL at power-off
+_SIOCADDRT, _SIOCSIFFLAGS, _SIOCSIFADDR, _SIOCSIFNETMASK = 0x890B, 0x8914, 0x8916, 0x891C  # netdevice(7)
+_IFF_UP, _IFF_RUNNING, _RTF_UP_GATEWAY = 1, 0x40, 3
+_AF_INET = 2
+
+
+def prepare(config: Config) -> None:
+    """Bring the machine from where the initramfs left it to where commands can run. Raises nothing."""
+    log = Log(config.log)
+    for step in (_directories, _mounts, _sysctls, _protect, _hostname, _network):
+        try:
+            step(config)
+        except (OSError, ValueError) as error:
+            log("boot step failed", step=step.__name__, error=repr(error))
+
+
+def _directories(config: Config) -> None:
+    for path in (config.state, config.run):
+        os.makedirs(path, 0o755, exist_ok=True)
+    os.chdir("/")
+    os.umask(0o022)
+    os.environ.clear()
+
+
+def _mounts(config: Config) -> None:
+    with open("/proc/mounts", encoding="utf-8", errors="replace") as file:
+        mounted = {line.split()[1] for line in file}
+    wanted = [entry for entry in _MOUNTS if entry[0] not in mounted]
+    if wanted:
+        tool = config.tools + "/busybox"
+        script = ";".join(f"{tool} mkdir -p {path}; {tool} mount -t {kind} -o {options} {kind} {path}"
+                          for path, kind, options in wanted)  # fmt: skip
+        os.posix_spawn(tool, ["busybox", "sh", "-c", script], {"PATH": config.tools})
+
+
+def _sysctls(_config: Config) -> None:
+    for name, value in _SYSCTLS.items():
+        _write("/proc/sys/" + name, value)
+
+
+def _protect(_config: Config) -> None:
+    _write("/proc/self/oom_score_adj", "-1000")  # inherited by the agent; commands set it back
+
+
+def _hostname(_config: Config) -> None:
+    name = parameters().get("limpet.hostname")
+    if name:
+        _write("/proc/sys/kernel/hostname", name)
+
+
+def _network(_config: Config) -> None:
+    from _socket import AF_INET, SOCK_DGRAM
+    from _socket import socket as Socket
+
+    control = Socket(AF_INET, SOCK_DGRAM)
+    try:
+        _interface_up(control.fileno(), "lo")
+        wanted = parameters().get("limpet.net", "").split(",")
+        if len(wanted) == 3:
+            _configure(control.fileno(), *wanted)
+    finally:
+        control.close()
+
+
+def _configure(control: int, cidr: str, gateway: str, dns: str) -> None:
+    import fcntl
+
+    address, _, bits = cidr.partition("/")
+    mask = (0xFFFFFFFF << (32 - int(bits or 24)) & 0xFFFFFFFF).to_bytes(4, "big")
+    device = _wired()
+    fcntl.ioctl(control, _SIOCSIFADDR, pack("16s16s8x", device.encode(), _socket_address(_quad(address))))
+    fcntl.ioctl(control, _SIOCSIFNETMASK, pack("16s16s8x", device.encode(), _socket_address(mask)))
+    _interface_up(control, device)
+    # struct rtentry (linux/route.h): pad, destination, gateway, netmask, flags; the rest zero
+    nowhere = _socket_address(bytes(4))
+    route = pack("8x16s16s16sH62x", nowhere, _socket_address(_quad(gateway)), nowhere, _RTF_UP_GATEWAY)
+    fcntl.ioctl(control, _SIOCADDRT, route)
+    if os.path.islink("/etc/resolv.conf"):
+        os.unlink("/etc/resolv.conf")
+    _write("/etc/resolv.conf", f"nameserver {dns}\n", os.O_CREAT | os.O_TRUNC)
+
+
+def _wired() -> str:
+    """The first interface that is not loopback; it appears a moment after its module."""
+    for _ in range(200):
+        names = sorted(set(os.listdir("/sys/class/net")) - {"lo"})
+        if names:
+            return names[0]
+        time.sleep(0.01)
+    raise OSError("no network interface")
+
+
+def _interface_up(control: int, device: str) -> None:
+    import fcntl
+
+    fcntl.ioctl(control, _SIOCSIFFLAGS, pack("16sH22x", device.encode(), _IFF_UP | _IFF_RUNNING))
+
+
+def _socket_address(address: bytes) -> bytes:
+    return pack("=H2x4s8x", _AF_INET, address)
+
+
+def _quad(text: str) -> bytes:
+    return bytes(int(part) for part in text.split("."))
+
+
+def parameters() -> dict[str, str]:
+    """The kernel command line's key=value words."""
+    with open("/proc/cmdline", encoding="utf-8", errors="replace") as file:
+        return dict(word.split("=", 1) for word in file.read().split() if "=" in word)
+
+
+def _write(path: str, text: str, flags: int = 0) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC | flags, 0o644)
+    try:
+        os.write(fd, text.encode())
+    finally:
+        os.close(fd)
+
+
+def poweroff(config: Config, groups: list[int], agent: int) -> None:
+    """End all processes, get everything onto the disks, switch off. Never returns. Bounded by
+    `_GRACE` and the disks."""
+    Log(config.log)("power off")
+    if config.local:
+        _end_groups(groups, agent)
+    for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGCONT):  # interactive shells end on SIGHUP only
+        _signal_all(number)
+    deadline = time.monotonic() + _GRACE
+    while _children_left() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    _signal_all(signal.SIGKILL)
+    os.sync()
+    _remount_read_only()
+    try:
+        os.execve(config.tools + "/busybox", ["busybox", "poweroff", "-n", "-f"], {})
+    except OSError:
+        _write("/proc/sysrq-trigger", "o")
+    while True:
+        time.sleep(1)
+
+
+def _end_groups(groups: list[int], agent: int) -> None:
+    """The ordinary process's way to go."""
+    for group in groups:
+        try:
+            os.killpg(group, signal.SIGKILL)
+        except OSError:
+            pass
+    if agent:
+        os.kill(agent, signal.SIGKILL)
+    os._exit(0)
+
+
+def _signal_all(number: int) -> None:
+    try:
+        os.kill(-1, number)
+    except ProcessLookupError:
+        pass
+
+
+def _children_left() -> bool:
+    """Whether any process is left; every orphan is a child of PID 1."""
+    try:
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    except ChildProcessError:
+        return False
+    return True
+
+
+def _remount_read_only() -> None:
+    """Emergency remount (sysrq 'u'): leaves clean file systems; it runs in the background, so wait for it a little."""
+    try:
+        _write("/proc/sysrq-trigger", "u")
+        for _ in range(100):
+            with open("/proc/mounts", encoding="utf-8", errors="replace") as file:
+                rows = [line.split() for line in file]
+            if not any(row[2] in ("ext4", "btrfs") and "rw" in row[3].split(",") for row in rows):
+                return
+            time.sleep(0.005)
+    except OSError:
+        pass

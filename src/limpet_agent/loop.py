@@ -1,0 +1,113 @@
+"""A small event loop: epoll, timers, and a way in for threads. asyncio's import alone would cost 450 ms of boot."""
+
+from __future__ import annotations
+
+import os
+import select
+import time
+from _heapq import heappop, heappush
+from collections import deque
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+IN, OUT, HUP, EDGE = select.EPOLLIN, select.EPOLLOUT, select.EPOLLHUP, select.EPOLLET
+
+
+class Timer:
+    """A call that is due at `when`; `cancel` makes it do nothing."""
+
+    __slots__ = ("call", "when")
+
+    def __init__(self, when: float, call: Callable[[], None]) -> None:
+        self.when = when
+        self.call: Callable[[], None] | None = call
+
+    def cancel(self) -> None:
+        self.call = None
+
+    def __lt__(self, other: Timer) -> bool:
+        return self.when < other.when
+
+
+class Loop:
+    """Runs callbacks when descriptors are ready, timers are due or threads ask for it. One thread runs it."""
+
+    def __init__(self, on_error: Callable[[BaseException], None]) -> None:
+        self._epoll = select.epoll()
+        self._handlers: dict[int, Callable[[int], None]] = {}
+        self._timers: list[Timer] = []
+        self._soon: deque[Callable[[], None]] = deque()
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._on_error = on_error
+        self.watch(self._wake, IN, self._woken)
+
+    def watch(self, fd: int, events: int, handler: Callable[[int], None]) -> None:
+        """Call `handler(events)` whenever `fd` is ready; replaces an earlier watch of the same descriptor."""
+        known = fd in self._handlers
+        self._handlers[fd] = handler
+        if known:
+            self._epoll.modify(fd, events)
+        else:
+            self._epoll.register(fd, events)
+
+    def unwatch(self, fd: int) -> None:
+        """Stop watching; must come before the descriptor is closed. Harmless when it was not watched."""
+        if self._handlers.pop(fd, None) is not None:
+            self._epoll.unregister(fd)
+
+    def after(self, seconds: float, call: Callable[[], None]) -> Timer:
+        """Call once after `seconds`."""
+        timer = Timer(time.monotonic() + seconds, call)
+        heappush(self._timers, timer)
+        return timer
+
+    def soon(self, call: Callable[[], None]) -> None:
+        """Call in the next turn. Only from the loop's own thread."""
+        self._soon.append(call)
+
+    def from_thread(self, call: Callable[[], None]) -> None:
+        """Call in the next turn; from any thread."""
+        self._soon.append(call)
+        os.eventfd_write(self._wake, 1)
+
+    def run(self) -> None:
+        """Turn until the process ends."""
+        while True:
+            self.turn()
+
+    def turn(self) -> None:
+        """Wait for something and handle it. An exception in one callback is reported and harms no other."""
+        for fd, events in self._epoll.poll(self._patience()):
+            handler = self._handlers.get(fd)
+            if handler is not None:
+                try:
+                    handler(events)
+                except Exception as error:
+                    self._on_error(error)
+        for _ in range(len(self._soon)):
+            self._guarded(self._soon.popleft())
+        while self._timers and self._timers[0].when <= time.monotonic():
+            call = heappop(self._timers).call
+            if call is not None:
+                self._guarded(call)
+
+    def _guarded(self, call: Callable[[], None]) -> None:
+        try:
+            call()
+        except Exception as error:
+            self._on_error(error)
+
+    def _patience(self) -> float:
+        if self._soon:
+            return 0
+        while self._timers and self._timers[0].call is None:
+            heappop(self._timers)
+        return max(self._timers[0].when - time.monotonic(), 0) if self._timers else -1
+
+    def _woken(self, _events: int) -> None:
+        try:
+            os.eventfd_read(self._wake)
+        except BlockingIOError:
+            pass
