@@ -1,0 +1,128 @@
+"""limpetd: puts the parts together, makes the records true, serves, and lets go. VMs outlive it.
+
+lock the state directory → open the store → reconcile → listen → (serve) → stop listening → let go of the VMs
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+
+import limpet
+from limpet import durable, log, paths
+from limpet.api.app import create_app
+from limpet.api.door import Services
+from limpet.api.server import serving
+from limpet.errors import LimpetError
+from limpet.services import timers
+from limpet.services.doctor import Doctor
+from limpet.services.events import Events
+from limpet.services.execs import Execs
+from limpet.services.files import Files
+from limpet.services.host import Host
+from limpet.services.live import LiveTable
+from limpet.services.locks import Locks
+from limpet.services.operations import Operations
+from limpet.services.ports import Ports
+from limpet.services.reconcile import reconcile
+from limpet.services.records import Records
+from limpet.services.sandboxes import Sandboxes
+from limpet.services.stats import StatsService
+from limpet.services.system import Images, System
+from limpet.services.workspace import Workspaces
+from limpet.store import Store
+
+_log = log.get("daemon")
+
+
+def main() -> None:
+    """The command `limpetd`. Exit status 1 when it cannot start, with `error:` and `hint:` lines on stderr."""
+    os.umask(0o077)
+    found = paths.discover()
+    try:
+        found.make()
+        log.configure(found.daemon_log)
+        asyncio.run(run(found))
+    except LimpetError as error:
+        print(f"error: {error.message}", file=sys.stderr)
+        if error.hint:
+            print(f"hint: {error.hint}", file=sys.stderr)
+        sys.exit(1)
+
+
+async def run(where: paths.Paths) -> None:
+    """Serve until SIGTERM, SIGINT or a shutdown request."""
+    store = Store.open(where)
+    try:
+        ended = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(signum, ended.set)
+        host = build_host(where, store)
+        sandboxes = Sandboxes(host)
+        with log.operation():
+            await reconcile(host, sandboxes)
+        info = {"pid": os.getpid(), "version": limpet.__version__}
+        durable.replace_file(where.daemon_info, json.dumps(info).encode())
+        clock = asyncio.create_task(timers.run(host, sandboxes), name="timers")
+        app = create_app(build_services(host, sandboxes, ended.set))
+        try:
+            async with serving(app, where.daemon_socket):
+                await ended.wait()
+                host.events.close()
+                await host.operations.close()
+        finally:
+            clock.cancel()
+            await let_go(host)
+    finally:
+        store.close()
+        where.daemon_info.unlink(missing_ok=True)
+
+
+def build_host(where: paths.Paths, store: Store) -> Host:
+    """The shared parts, once."""
+    records, live = Records(store), LiveTable()
+    return Host(
+        paths=where,
+        records=records,
+        events=Events(store),
+        operations=Operations(store),
+        locks=Locks(),
+        live=live,
+        ports=Ports(records, live),
+    )
+
+
+def build_services(host: Host, sandboxes: Sandboxes, end: Callable[[], None]) -> Services:
+    """Everything that the API calls."""
+    return Services(
+        system=System(host, end),
+        sandboxes=sandboxes,
+        execs=Execs(host, sandboxes),
+        files=Files(host),
+        ports=host.ports,
+        workspaces=Workspaces(host),
+        images=Images(host),
+        doctor=Doctor(host.paths, host.records, host.live),
+        stats=StatsService(host.paths, host.records, host.live),
+        operations=host.operations,
+        events=host.events,
+    )
+
+
+async def let_go(host: Host) -> None:
+    """End what is ours and leave the VMs running."""
+    for vm in host.live:
+        if vm.watcher is not None:
+            vm.watcher.cancel()
+        await host.ports.withdraw(vm.sandbox_id)
+        await vm.close()
+        await vm.machine.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""`limpet doctor`: what works on this host, what does not, and what to do about it (VM-20)."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import platform
+from pathlib import Path
+from typing import Literal
+
+from limpet import durable, images, process
+from limpet.errors import LimpetError
+from limpet.models import DoctorReport, Row
+from limpet.paths import Paths
+from limpet.services.live import LiveTable
+from limpet.services.records import Records
+from limpet.vmm import accel, lock
+
+_VERSIONS = {
+    "qemu-system-x86_64": ["--version"], "qemu-img": ["--version"], "mmdebstrap": ["--version"], "git": ["--version"],
+    "mke2fs": ["-V"], "mkfs.btrfs": ["--version"], "mksquashfs": ["-version"],
+}  # fmt: skip
+_SPACE_WARN = 10 << 30
+_SPACE_FAIL = 2 << 30
+
+
+class Doctor:
+    """Looks, and with `repair` mends what is safe to mend: leftovers of interrupted work. Never deletes a sandbox."""
+
+    def __init__(self, paths: Paths, records: Records, live: LiveTable) -> None:
+        self._paths, self._records, self._live = paths, records, live
+
+    async def run(self) -> DoctorReport:
+        rows = [*await asyncio.gather(*(_tool(name) for name in _VERSIONS)), _network_tool(), _python()]
+        rows += [_namespaces(), await self._accelerator(), self._space(), self._pieces()]
+        rows += [Row(check="daemon", status="PASS", detail=f"limpetd, pid {os.getpid()}, serves {self._paths.data}")]
+        return DoctorReport(rows=[*rows, *self._leftovers()])
+
+    async def repair(self) -> DoctorReport:
+        """Sweep what interrupted work left behind, then look again."""
+        directories = (self._paths.data, self._paths.sandboxes, self._paths.artifacts, self._paths.images)
+        swept = [str(stray) for directory in directories for stray in durable.sweep(directory)]
+        return DoctorReport(rows=(await self.run()).rows, repaired=swept)
+
+    async def _accelerator(self) -> Row:
+        try:
+            pieces = images.artifacts(self._paths)
+            verdict = await accel.probe(
+                self._paths.probe, kernel=pieces.kernel, initramfs=pieces.initramfs, key=pieces.key
+            )
+        except LimpetError as error:
+            return Row(check="accelerator", status="FAIL", detail=error.message, remedy=error.hint)
+        good = verdict.accel == "kvm"
+        return Row(
+            check="accelerator",
+            status="PASS" if good else "WARN",
+            detail=f"{verdict.accel}, isolation: {verdict.isolation}: {verdict.reason}",
+            remedy=None
+            if good
+            else "sandboxes work, about 20 times slower than with KVM; emulation is no security boundary",
+        )
+
+    def _space(self) -> Row:
+        free = durable.free_bytes(self._paths.data)
+        status: Literal["PASS", "WARN", "FAIL"] = "PASS" if free >= _SPACE_WARN else "WARN"
+        if free < _SPACE_FAIL:
+            status = "FAIL"
+        remedy = None if status == "PASS" else "free some space, or set LIMPET_HOME to a larger disk"
+        return Row(
+            check="disk space", status=status, detail=f"{free >> 30} GiB free at {self._paths.data}", remedy=remedy
+        )
+
+    def _pieces(self) -> Row:
+        try:
+            release = images.artifacts(self._paths).kernel_release
+            names = ", ".join(image.name for image in images.list_images(self._paths)) or "none"
+        except LimpetError as error:
+            return Row(check="guest pieces", status="FAIL", detail=error.message, remedy=error.hint)
+        return Row(check="guest pieces", status="PASS", detail=f"kernel {release}, images: {names}")
+
+    def _leftovers(self) -> list[Row]:
+        """What is on the disk or running without a sandbox that explains it (VM-10: reported, never deleted)."""
+        known = {record.id for record in self._records.all()}
+        rows: list[Row] = []
+        for directory in sorted(self._paths.sandboxes.iterdir()) if self._paths.sandboxes.is_dir() else ():
+            if directory.name in known:
+                continue
+            if directory.name.startswith("."):
+                rows.append(_warn("leftovers", f"{directory} was left by interrupted work", "limpet doctor --repair"))
+            elif lock.held(directory / "vm.lock"):
+                rows.append(
+                    _warn("orphans", f"a VM runs in {directory} but no sandbox owns it", "end it, or keep its disks")
+                )
+            else:
+                rows.append(
+                    _warn("orphans", f"{directory} belongs to no sandbox", "look at it, then remove it yourself")
+                )
+        for record in self._records.all():
+            if lock.held(self._paths.sandbox(record.id).lock) and self._live.get(record.id) is None:
+                rows.append(
+                    _warn("orphans", f"the VM of {record.name} runs unattended", "limpet daemon stop, then any command")
+                )
+        return rows or [Row(check="orphans", status="PASS", detail="none")]
+
+
+def _warn(check: str, detail: str, remedy: str) -> Row:
+    return Row(check=check, status="WARN", detail=detail, remedy=remedy)
+
+
+async def _tool(name: str) -> Row:
+    try:
+        done = await process.run([name, *_VERSIONS[name]], timeout=10, check=False)
+    except LimpetError as error:
+        return Row(check=name, status="FAIL", detail=error.message, remedy=error.hint)
+    lines = (done.stdout + done.stderr).decode(errors="replace").strip().splitlines()
+    return Row(check=name, status="PASS", detail=lines[0] if lines else "installed")
+
+
+def _network_tool() -> Row:
+    if process.find("passt") is None:
+        return _warn("passt", "not installed: sandboxes have no network", "sudo apt-get install passt")
+    try:
+        routes = Path("/proc/net/route").read_text().splitlines()[1:]
+    except OSError:
+        routes = []
+    if not any(line.split()[1] == "00000000" for line in routes):
+        return _warn("passt", "installed, but this host has no default route", "connect it, or use --network none")
+    return Row(
+        check="passt", status="PASS", detail="installed; guests reach out through it, never to the host's loopback"
+    )
+
+
+def _python() -> Row:
+    return Row(check="python", status="PASS", detail=platform.python_version())
+
+
+def _namespaces() -> Row:
+    """An ordinary user builds images in a user namespace with a range of sub-ids (subuid(5))."""
+    if os.getuid() == 0:
+        return Row(check="namespaces", status="PASS", detail="running as root: not needed")
+    import pwd
+
+    user = pwd.getpwuid(os.getuid()).pw_name
+    granted = any(
+        line.split(":")[0] in (user, str(os.getuid()))
+        for line in (Path("/etc/subuid").read_text().splitlines() if Path("/etc/subuid").exists() else ())
+    )
+    if process.find("newuidmap") is None:
+        return _warn("namespaces", "newuidmap is not installed: images cannot be built", "sudo apt-get install uidmap")
+    if not granted:
+        remedy = f"sudo usermod --add-subuids 100000-165535 --add-subgids 100000-165535 {user}"
+        return _warn("namespaces", f"{user} has no line in /etc/subuid: images cannot be built", remedy)
+    return Row(check="namespaces", status="PASS", detail=f"{user} has sub-ids for building images")

@@ -1,0 +1,160 @@
+"""Commands in guests: started, followed, left and found again. A client that goes never ends a command (GST-6)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Sequence
+from typing import Literal
+
+from limpet import guest
+from limpet.errors import FailedPrecondition
+from limpet.guest import GuestExec
+from limpet.models import ExecInfo, ExecRequest
+from limpet.names import new_id
+from limpet.services.host import Host
+from limpet.services.live import LiveVM
+from limpet.services.sandboxes import Sandboxes
+from limpet.services.streams import STDERR, STDOUT, ExecEvent, Exit, Gap, Lane, Output, Started
+from limpet.store import SandboxRecord
+
+_LANES: dict[str, Lane] = {"stdout": STDOUT, "stderr": STDERR}
+
+
+class Session:
+    """A client attached to a command: what the guest says, as events; and the VM counted as in use meanwhile."""
+
+    def __init__(self, host: Host, record: SandboxRecord, vm: LiveVM, started: Started, command: GuestExec | None):
+        self._host, self._record = host, record
+        self._started = started
+        self._command = command  # None: started detached, there is nothing to follow
+        self._in_use = contextlib.ExitStack()
+        if command is not None:
+            self._in_use.enter_context(vm.in_use())
+
+    async def __aiter__(self) -> AsyncIterator[ExecEvent]:
+        yield self._started
+        if self._command is None:
+            return
+        async for event in self._command.events():
+            match event:
+                case guest.Output():
+                    yield Output(STDERR if event.lane == STDERR else STDOUT, event.data)
+                case guest.Gap():
+                    yield Gap(_LANES.get(event.lane, STDOUT), event.start, event.end)
+                case guest.Exit():
+                    self._note_end(event.info)
+                    yield Exit(event.info)
+
+    def _note_end(self, info: ExecInfo) -> None:
+        ended = {"exec_id": info.id, "exit_code": info.exit_code, "signal": info.signal}
+        self._host.events.emit("exec.ended", sandbox=self._record, **ended)
+
+    async def write_stdin(self, data: bytes) -> None:
+        if self._command is not None:
+            await self._command.send_stdin(data)
+
+    async def close_stdin(self) -> None:
+        if self._command is not None:
+            await self._command.close_stdin()
+
+    async def resize(self, rows: int, cols: int) -> None:
+        if self._command is not None:
+            await self._command.resize(rows, cols)
+
+    async def signal(self, signal: str) -> None:
+        if self._command is not None:
+            await self._command.signal(signal)
+
+    async def detach(self) -> None:
+        self._in_use.close()
+        if self._command is not None:
+            await self._command.detach()
+
+
+class Execs:
+    def __init__(self, host: Host, sandboxes: Sandboxes) -> None:
+        self._host, self._sandboxes = host, sandboxes
+
+    async def start(self, name: str, request: ExecRequest, *, start_if_stopped: bool) -> Session:
+        """Start a command in the workspace, if there is one and no directory is given; with the sandbox's variables
+        under the command's own."""
+        record = self._host.records.by_name(name)
+        if start_if_stopped:
+            await self._sandboxes.ensure_started(record.id)
+        vm = self._host.live.require(record.id, name)
+        cwd = request.cwd or _workspace_directory(record)
+        options = request.model_dump(exclude={"argv", "cwd", "env", "detach"})
+        exec_id = new_id("ex")
+        with vm.in_use():
+            agent = await vm.agent()
+            run = agent.exec_detached if request.detach else agent.exec
+            env = {**record.spec.env, **request.env}
+            command = await run(request.argv, ident=exec_id, cwd=cwd, env=env, **options)
+        self._host.events.emit("exec.started", sandbox=record, exec_id=exec_id, argv=request.argv[:16])
+        followed = command if isinstance(command, GuestExec) else None
+        return Session(self._host, record, vm, Started(exec_id, command.pid), followed)
+
+    async def attach(
+        self, name: str, exec_id: str, *, stdout: int | None, stderr: int | None, stdin: bool, steal: bool
+    ) -> Session:
+        """Follow a command again. Raises NotFound, Busy when another client has its input."""
+        record = self._host.records.by_name(name)
+        vm = self._host.live.require(record.id, name)
+        agent = await vm.agent()
+        command = await agent.attach(exec_id, stdout=stdout, stderr=stderr, stdin=stdin, steal=steal)
+        return Session(self._host, record, vm, Started(command.id, command.pid), command)
+
+    async def list(self, name: str) -> Sequence[ExecInfo]:
+        return await (await self._vm(name).agent()).execs()
+
+    async def get(self, name: str, exec_id: str) -> ExecInfo:
+        return await (await self._vm(name).agent()).get_exec(exec_id)
+
+    async def signal(self, name: str, exec_id: str, signal: str) -> None:
+        await (await self._vm(name).agent()).signal(exec_id, signal)
+
+    async def output(
+        self, name: str, exec_id: str, lane: Literal["stdout", "stderr"], offset: int
+    ) -> AsyncIterator[bytes]:
+        """What is kept of one lane from `offset` up to now; it does not wait for more."""
+        agent = await self._vm(name).agent()
+        info = await agent.get_exec(exec_id)
+        end, start = (
+            (info.stdout_bytes, info.stdout_start) if lane == "stdout" else (info.stderr_bytes, info.stderr_start)
+        )
+        position = max(offset, start)
+        wanted = {"stdout": None, "stderr": None, lane: position}
+        command = await agent.attach(exec_id, stdout=wanted["stdout"], stderr=wanted["stderr"])
+
+        async def kept() -> AsyncIterator[bytes]:
+            left = end - position
+            try:
+                if left <= 0:
+                    return
+                async for event in command.events():
+                    if isinstance(event, guest.Gap):
+                        left -= event.end - event.start
+                    elif isinstance(event, guest.Output):
+                        yield event.data[:left]
+                        left -= len(event.data)
+                    if left <= 0:
+                        return
+            finally:
+                await command.detach()
+
+        return kept()
+
+    def _vm(self, name: str) -> LiveVM:
+        return self._host.live.require(self._host.records.by_name(name).id, name)
+
+
+def _workspace_directory(record: SandboxRecord) -> str | None:
+    """Where commands begin. Raises FailedPrecondition when the import was cut off."""
+    if record.workspace is None:
+        return None
+    if record.workspace.status != "complete":
+        raise FailedPrecondition(
+            f"the workspace of {record.name} is only partly there: its import was cut off",
+            hint=f"limpet import {record.name} {record.workspace.host_dir}",
+        )
+    return record.workspace.guest_dir

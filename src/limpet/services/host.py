@@ -1,0 +1,49 @@
+"""What every service needs, in one place; `daemon.py` puts it together once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from limpet.models import Sandbox
+from limpet.paths import Paths
+from limpet.services.events import Events
+from limpet.services.live import LiveTable
+from limpet.services.locks import Locks
+from limpet.services.operations import Operations
+from limpet.services.ports import Ports
+from limpet.services.records import Records
+from limpet.store import SandboxRecord
+
+
+@dataclass(frozen=True)
+class Host:
+    """The daemon's shared parts. Locks are taken in the order that services/locks.py gives."""
+
+    paths: Paths
+    records: Records
+    events: Events
+    operations: Operations
+    locks: Locks
+    live: LiveTable
+    ports: Ports
+
+    def view(self, record: SandboxRecord) -> Sandbox:
+        """A sandbox as users see it: the durable row and what is true now."""
+        vm = self.live.get(record.id)
+        accel = vm.machine.accel if vm else None
+        return Sandbox(
+            id=record.id,
+            name=record.name,
+            state=record.state,
+            spec=record.spec,
+            created_at=record.created_at,
+            started_at=record.started_at,
+            boot_id=record.boot_id,
+            incarnation=record.incarnation,
+            accel=accel,
+            isolation=None if accel is None else "hardware" if accel == "kvm" else "emulated",
+            workspace=record.workspace,
+            ports=self.ports.of(record.id),
+            error=record.error,
+            pid=vm.machine.pid if vm else None,
+        )

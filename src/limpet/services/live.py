@@ -1,0 +1,158 @@
+"""The VMs that run now: their machine, the channel into their guest, and what hangs on it.
+
+This is the "what is true now" half of the state (VM-9). It is rebuilt from the live system at every daemon start and
+mirrored to `handles.json`; what a sandbox is *meant* to be lives in the store.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+from limpet import durable, log
+from limpet.errors import DeadlineExceeded, FailedPrecondition, LimpetError, Unavailable
+from limpet.guest import Agent, Channel
+from limpet.paths import SandboxPaths
+from limpet.vmm.death import Death, explain_death
+from limpet.vmm.machine import Machine
+
+REACH_TIMEOUT = 5.0  # seconds to reach the agent of a running VM (VM-2)
+_RETRY = 0.1
+
+_log = log.get("live")
+
+
+class LiveVM:
+    """One running VM. `agent()` gives a connected agent and reconnects when the channel was lost."""
+
+    def __init__(self, sandbox_id: str, machine: Machine, files: SandboxPaths) -> None:
+        self.sandbox_id = sandbox_id
+        self.machine = machine
+        self.files = files
+        self.started = time.monotonic()
+        self.ended_by_us = False  # a stop or kill is under way: the watcher need not explain the death
+        self.watcher: asyncio.Task[None] | None = None
+        self.exit_status: int | None = None
+        self._busy = 0
+        self._idle_since = time.monotonic()
+        self._agent: Agent | None = None
+        self._connecting = asyncio.Lock()
+
+    async def agent(self, timeout: float = REACH_TIMEOUT) -> Agent:
+        """A connected agent. Raises Unavailable when the guest does not answer within `timeout` seconds."""
+        if self._agent is not None and not self._agent.channel.closed.is_set():
+            return self._agent
+        try:
+            async with asyncio.timeout(timeout), self._connecting:
+                return await self._connect(timeout)
+        except TimeoutError:
+            raise Unavailable(
+                f"the guest's agent did not answer within {timeout:g} s",
+                hint="see `limpet logs NAME`; `limpet restart --force NAME` boots it again",
+            ) from None
+
+    async def _connect(self, timeout: float) -> Agent:
+        if self._agent is not None:
+            if not self._agent.channel.closed.is_set():
+                return self._agent
+            await self._agent.channel.close()
+            self._agent = None
+        while True:
+            try:
+                channel = await Channel.connect(
+                    self.files.channel, intake=self.files.intake, timeout=timeout, attempt=timeout
+                )
+                self._agent = Agent(channel)
+                return self._agent
+            except (OSError, LimpetError) as error:
+                if not self.machine.alive():
+                    raise Unavailable("the VM is not running any more", hint="limpet start NAME") from error
+                await asyncio.sleep(_RETRY)
+
+    async def ended(self, timeout: float | None = None) -> bool:
+        """Wait until QEMU has ended, at most `timeout` seconds; whether it has."""
+        try:
+            self.exit_status = await self.machine.wait(timeout)
+        except DeadlineExceeded:
+            return False
+        return True
+
+    def explain_death(self) -> Death:
+        """Why QEMU ended, as far as logs and exit status tell."""
+        return explain_death(
+            console_log=self.files.console_log, qemu_log=self.files.qemu_log, pid=self.machine.pid,
+            status=self.exit_status,
+        )  # fmt: skip
+
+    async def close(self) -> None:
+        """Let go of the channel; the VM goes on."""
+        if self._agent is not None:
+            await self._agent.channel.close()
+            self._agent = None
+
+    @contextlib.contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Count a command or transfer: while one runs the VM is not idle."""
+        self._busy += 1
+        try:
+            yield
+        finally:
+            self._busy -= 1
+            self._idle_since = time.monotonic()
+
+    @property
+    def idle_seconds(self) -> float:
+        """How long nothing has used this VM through limpet."""
+        return 0.0 if self._busy else time.monotonic() - self._idle_since
+
+    def save_handles(self) -> None:
+        """Mirror what is true now to handles.json, for the next daemon."""
+        durable.replace_file(self.files.handles, json.dumps(self.machine.handles(), indent=1).encode())
+
+
+def load_handles(files: SandboxPaths) -> dict[str, Any] | None:
+    """handles.json, or None when it is missing or unreadable: then the live system is asked."""
+    try:
+        found = json.loads(files.handles.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+class LiveTable:
+    """All running VMs by sandbox id."""
+
+    def __init__(self) -> None:
+        self._vms: dict[str, LiveVM] = {}
+
+    def __iter__(self) -> Iterator[LiveVM]:
+        return iter(list(self._vms.values()))
+
+    def __len__(self) -> int:
+        return len(self._vms)
+
+    def add(self, vm: LiveVM) -> None:
+        self._vms[vm.sandbox_id] = vm
+
+    def drop(self, sandbox_id: str) -> LiveVM | None:
+        return self._vms.pop(sandbox_id, None)
+
+    def get(self, sandbox_id: str) -> LiveVM | None:
+        return self._vms.get(sandbox_id)
+
+    def require(self, sandbox_id: str, name: str) -> LiveVM:
+        """The VM of a sandbox; raises FailedPrecondition when it does not run."""
+        if (vm := self._vms.get(sandbox_id)) is None:
+            raise FailedPrecondition(f"{name} is not running", hint=f"limpet start {name}")
+        return vm
+
+    @contextlib.asynccontextmanager
+    async def guest(self, sandbox_id: str, name: str) -> AsyncIterator[Agent]:
+        """The agent of a running sandbox, counted as in use for the length of the block."""
+        vm = self.require(sandbox_id, name)
+        with vm.in_use():
+            yield await vm.agent()

@@ -1,0 +1,80 @@
+"""The stop ladder: the guest's data is made durable before anything is done to its VM (VM-1, VM-2).
+
+    flush ──► poweroff ──► wait ──► QMP quit ──► SIGTERM ──► SIGKILL
+      │          └ clean              └ synced when flushed, else killed …
+      └ cannot be confirmed: the VM is left running, unless forced
+
+Every rung is bounded; together they take at most the time-out given plus a few seconds for the last rungs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Literal
+
+from limpet import log
+from limpet.errors import DeadlineExceeded, LimpetError, Unavailable
+from limpet.models import StopResult
+from limpet.services.live import REACH_TIMEOUT, LiveVM
+
+_RUNG_SECONDS = 3.0  # for QMP quit and SIGTERM each
+_RESERVED = 6.0  # of the whole time-out is kept for the rungs after the flush
+
+_log = log.get("stop")
+
+AT_RISK = (
+    "writes that programs had not fsynced in about the last 2 seconds",
+    "state that programs held only in memory",
+)
+
+
+async def stop(vm: LiveVM, name: str, *, force: bool, timeout: float) -> StopResult:
+    """Bring a VM down, gently first. Raises Unavailable or DeadlineExceeded, with the VM still running, when the
+    guest's data cannot be flushed and `force` is not set. `timeout` is in seconds and bounds the whole stop."""
+    began = time.monotonic()
+    deadline = began + timeout
+    flushed = await _flush(vm, name, force, timeout)
+    vm.ended_by_us = True
+    powered_off = flushed and await _power_off(vm, deadline)
+    rung: Literal["poweroff", "quit", "sigterm", "sigkill"] = "poweroff" if powered_off else await force_down(vm)
+    durability: Literal["clean", "synced", "killed"] = "clean" if powered_off else "synced" if flushed else "killed"
+    at_risk = [] if powered_off else ["writes made after the flush by programs that went on"] if flushed else [*AT_RISK]
+    return StopResult(
+        name=name, rung=rung, durability=durability, at_risk=at_risk, seconds=round(time.monotonic() - began, 3)
+    )
+
+
+async def _flush(vm: LiveVM, name: str, force: bool, timeout: float) -> bool:
+    """Whether the guest confirmed that everything written so far is on its disks."""
+    try:
+        async with asyncio.timeout(max(timeout - _RESERVED, timeout / 2)):
+            agent = await vm.agent(min(REACH_TIMEOUT, timeout / 2))
+            await agent.sync()
+            return True
+    except (LimpetError, TimeoutError) as error:
+        reason = error.message if isinstance(error, LimpetError) else "it did not finish writing in time"
+        _log.warning("flush.failed", sandbox=name, reason=reason)
+        if force:
+            return False
+        kind = DeadlineExceeded if isinstance(error, TimeoutError) else Unavailable
+        raise kind(
+            f"{name} was left running: its data could not be flushed ({reason})",
+            hint=f"`limpet stop --force {name}` goes on; at risk are " + " and ".join(AT_RISK),
+        ) from None
+
+
+async def _power_off(vm: LiveVM, deadline: float) -> bool:
+    """Ask the guest to power itself off, and wait for QEMU to end."""
+    try:
+        agent = await vm.agent(1.0)
+        await agent.poweroff()
+    except LimpetError as error:
+        _log.warning("poweroff.refused", reason=error.message)
+    return await vm.ended(max(deadline - time.monotonic() - _RUNG_SECONDS, 1.0))
+
+
+async def force_down(vm: LiveVM) -> Literal["quit", "sigterm", "sigkill"]:
+    """The rungs that do not need the guest. QEMU flushes its own caches on all but the last."""
+    vm.ended_by_us = True
+    return await vm.machine.end(patience=_RUNG_SECONDS)

@@ -1,0 +1,19 @@
+"""Blocking work in a thread whose end is always awaited."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import ParamSpec
+
+P = ParamSpec("P")
+
+
+async def to_its_end(work: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
+    """Run `work` in a thread. A cancellation takes effect when it has ended: nobody cleans up under its feet."""
+    task = asyncio.create_task(asyncio.to_thread(work, *args, **kwargs))
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        raise
