@@ -1,0 +1,38 @@
+"""The ASGI application: the route table, put together."""
+
+from __future__ import annotations
+
+import json
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.responses import Response
+
+from limpet.api import _routes_execs, _routes_files, _routes_sandboxes, _routes_system, _routes_workspace, openapi
+from limpet.api._endpoint import Call, Endpoint, Socket, routes
+from limpet.api._envelope import Envelope, on_http_exception
+from limpet.api.door import Services
+
+
+async def openapi_document(_call: Call) -> Response:
+    return Response(json.dumps(openapi.document(TABLE), indent=1), media_type="application/json")
+
+
+TABLE: tuple[Endpoint | Socket, ...] = (
+    *_routes_system.ROUTES,
+    *_routes_sandboxes.ROUTES,
+    *_routes_execs.ROUTES,
+    *_routes_files.ROUTES,
+    *_routes_workspace.ROUTES,
+    Endpoint("GET", "/v1/openapi.json", openapi_document, "This document"),
+)
+
+
+def create_app(services: Services) -> Starlette:
+    """The API over these services."""
+    return Starlette(
+        routes=routes(TABLE, services),
+        middleware=[Middleware(Envelope)],
+        exception_handlers={HTTPException: on_http_exception},
+    )
