@@ -1,0 +1,1 @@
+"""The asynchronous client, written by hand; `tools/unasync.py` makes `_sync` from it."""

@@ -1,0 +1,1 @@
+"""The synchronous client, made by `tools/unasync.py` from `_async`."""

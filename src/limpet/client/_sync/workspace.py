@@ -1,0 +1,62 @@
+# Made by tools/unasync.py from ../_async/workspace.py: edit that one.
+"""The workspace: a host directory in the guest, and its changes on their way back."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from limpet.client._sync.operations import Operations, OnStage
+from limpet.client._sync.transport import Transport
+from limpet.models import ApplyResult, Changes, Drift, ImportResult
+
+if TYPE_CHECKING:
+    from limpet.client._sync.sandboxes import Sandbox
+
+
+class Workspace:
+    def __init__(self, transport: Transport, sandbox: Sandbox) -> None:
+        self._transport, self._sandbox = transport, sandbox
+
+    def import_(
+        self, host_dir: str | os.PathLike[str], *, untracked: bool = True, dry_run: bool = False,
+        on_stage: OnStage | None = None,
+    ) -> ImportResult:  # fmt: skip
+        """Bring a host directory in, a git repository with its uncommitted work. `dry_run` only lists the paths."""
+        body = {"host_dir": os.path.realpath(host_dir), "untracked": untracked, "dry_run": dry_run}
+        answer = Operations(self._transport).run(
+            "POST", self._sandbox.path("workspace", "import"), body=body, on_stage=on_stage
+        )
+        return ImportResult.model_validate(answer)
+
+    def changes(self, base: str | None = None) -> Changes:
+        """The files that differ from `base` (default: the state that was imported)."""
+        answer = self._transport.request("GET", self._sandbox.path("workspace", "changes"), params={"base": base})
+        return Changes.model_validate(answer)
+
+    def patch(self, base: str | None = None) -> bytes:
+        """All changes as one binary-safe patch."""
+        with self.patch_stream(base) as (_, chunks):
+            return b"".join([chunk for chunk in chunks])
+
+    @contextlib.contextmanager
+    def patch_stream(self, base: str | None = None) -> Iterator[tuple[str, Iterator[bytes]]]:
+        """The base that was used, and the patch in pieces."""
+        path = self._sandbox.path("workspace", "patch")
+        with self._transport.stream("GET", path, params={"base": base}) as response:
+            yield response.headers.get("limpet-base", ""), response.iter_bytes()
+
+    def apply(
+        self, host_dir: str | os.PathLike[str] | None = None, *, base: str | None = None, check: bool = False
+    ) -> ApplyResult:
+        """Bring the changes into `host_dir` (default: where they came from), all or nothing. `check` only says
+        whether that would work."""
+        body = {"host_dir": None if host_dir is None else os.path.realpath(host_dir), "base": base, "check": check}
+        answer = self._transport.request("POST", self._sandbox.path("workspace", "apply"), body=body)
+        return ApplyResult.model_validate(answer)
+
+    def drift(self) -> Drift:
+        """Whether the host directory changed since it was imported."""
+        return Drift.model_validate(self._transport.request("GET", self._sandbox.path("workspace", "drift")))
