@@ -1,0 +1,170 @@
+"""create, start, stop, restart, kill, rm. All but create take many names."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from limpet.cli import _boxes, _options, _output, _parse
+from limpet.cli._progress import Progress
+
+if TYPE_CHECKING:
+    from limpet.models import Sandbox, StopResult
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+All = Annotated[bool, typer.Option("--all", "-a", help="Every sandbox.")]
+Force = Annotated[bool, typer.Option("--force", "-f", help="Go on when the guest's data cannot be flushed.")]
+StopTimeout = Annotated[
+    str, typer.Option("--timeout", metavar="TIME", help="Bounds the stop.", callback=_options.value_of(_parse.seconds))
+]
+
+
+@app.command()
+def create(
+    name: Annotated[str | None, typer.Argument(metavar="NAME", show_default=False)] = None,
+    dir: Annotated[Path | None, typer.Option("-w", "--workspace", metavar="DIR", help="Import this directory.")] = None,
+    option_name: Annotated[str | None, typer.Option("--name", help="The same as NAME.")] = None,
+    env: _options.Env = None,
+    publish: _options.Publish = None,
+    cpus: _options.Cpus = None,
+    memory: _options.Memory = None,
+    image: _options.Image = "base",
+    network: _options.Network = "user",
+    label: _options.Labels = None,
+    ttl: _options.Ttl = None,
+    idle: _options.Idle = None,
+    rm: Annotated[bool, typer.Option("--rm", help="Remove it when it stops.")] = False,
+    start: Annotated[bool, typer.Option("--start/--no-start", help="Boot it.")] = True,
+    detach: Annotated[bool, typer.Option("--detach", "-d", help="Print the operation's id; do not wait.")] = False,
+    json: _options.Json = False,
+    quiet: _options.Quiet = False,
+) -> int:
+    """Make a sandbox and boot it. Prints its name. Ctrl-C undoes it."""
+    from limpet.client import Client
+
+    spec = _options.machine(image, cpus, memory, network, label, publish, ttl, idle)
+    spec |= {"ephemeral": rm, "start": start, "env": _parse.environment(env or [])}
+    name = name or option_name
+    with Client() as client, Progress(quiet) as progress:
+        if detach:
+            operation = client.sandboxes.begin_create(name, **spec)
+            _output.emit(operation) if json else print(operation.id)
+            return 0
+        if dir is not None:
+            spec.pop("start")
+            box = client.sandboxes.for_directory(dir, name=name, fresh=True, on_stage=progress, **spec)
+        else:
+            box = client.sandboxes.create(name, on_stage=progress, **spec)
+    _output.emit(box.info) if json else print(box.name)
+    return 0
+
+
+def _many(names: list[str] | None, everything: bool, verb: str, json: bool, quiet: bool, **options: Any) -> int:
+    """One verb on many sandboxes, with what it answered."""
+    from limpet.client import Client
+
+    answers: list[Any] = []
+
+    def report(name: str, answer: Sandbox | StopResult | None) -> None:
+        answers.append(answer if answer is not None else {"name": name})
+        if not json:
+            print(_told(name, answer))
+
+    with Client() as client:
+        wanted = _boxes.chosen(client, names, everything)
+        with Progress(quiet or len(wanted) > 1) as progress:
+
+            def act(name: str) -> Any:
+                return getattr(client.sandboxes.ref(name), verb)(on_stage=progress, **options)
+
+            code = _boxes.each(wanted, act, report)
+    if json:
+        _output.emit([_output.data_of(answer) for answer in answers])
+    return code
+
+
+def _told(name: str, answer: Sandbox | StopResult | None) -> str:
+    """The name; what may be lost is told besides."""
+    rung, durability = getattr(answer, "rung", "none"), getattr(answer, "durability", "clean")
+    if rung != "none" and durability != "clean":
+        _output.note(f"{name}: {durability}")
+    for risk in getattr(answer, "at_risk", ()):
+        _output.warn(f"{name}: may be lost: {risk}")
+    return name
+
+
+@app.command()
+def start(
+    names: _options.Names = None, all: All = False, json: _options.Json = False, quiet: _options.Quiet = False
+) -> int:
+    """Boot stopped sandboxes. Prints their names."""
+    return _many(names, all, "start", json, quiet)
+
+
+@app.command()
+def stop(
+    names: _options.Names = None,
+    all: All = False,
+    force: Force = False,
+    timeout: StopTimeout = "30s",
+    json: _options.Json = False,
+    quiet: _options.Quiet = False,
+) -> int:
+    """Make the guest's data durable and power off. Prints the names.
+
+    A sandbox whose data cannot be flushed is left running, unless --force.
+    """
+    return _many(names, all, "stop", json, quiet, force=force, timeout=_parse.seconds(timeout))
+
+
+@app.command()
+def restart(
+    names: _options.Names = None,
+    all: All = False,
+    force: Force = False,
+    timeout: StopTimeout = "30s",
+    json: _options.Json = False,
+    quiet: _options.Quiet = False,
+) -> int:
+    """Stop sandboxes and boot them again. Prints their names."""
+    return _many(names, all, "restart", json, quiet, force=force, timeout=_parse.seconds(timeout))
+
+
+@app.command()
+def kill(
+    names: _options.Names = None,
+    all: All = False,
+    signal: Annotated[str, typer.Option("--signal", "-s", metavar="SIG", help="Signal for the VM process.")] = "KILL",
+    json: _options.Json = False,
+    quiet: _options.Quiet = False,
+) -> int:
+    """End virtual machines at once, without flushing. `limpet stop` is the graceful way."""
+    return _many(names, all, "kill", json, quiet, signal=signal)
+
+
+@app.command()
+def rm(
+    names: _options.Names = None,
+    all: All = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Never ask.")] = False,
+    force: Annotated[bool, typer.Option("--force", "-f", help="Running ones too.")] = False,
+    json: _options.Json = False,
+    quiet: _options.Quiet = False,
+) -> int:
+    """Delete sandboxes and their disks. Prints their names. Asks on a terminal, unless --yes.
+
+    A running one is only deleted with --force.
+    """
+    from limpet.client import Client
+
+    with Client() as client:
+        wanted = _boxes.chosen(client, names, all)
+    if not yes and wanted and sys.stdin.isatty() and sys.stderr.isatty():
+        what = ", ".join(wanted)
+        if not typer.confirm(f"Delete {what} and all that is in {'it' if len(wanted) == 1 else 'them'}?", err=True):
+            return 1
+    return _many(wanted, False, "remove", json, quiet, force=force) if wanted else 0

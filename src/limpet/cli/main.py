@@ -1,0 +1,191 @@
+"""The entry point: which module has which command, and what an outcome means for the exit code.
+
+Exit codes: 0 done · the command's own for run, exec, shell and attach (128 + n: ended by signal n; 124: its --timeout)
+· 125 limpet failed before or around such a command · 1 limpet failed · 2 wrong usage · 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from limpet.cli import _output
+from limpet.errors import LimpetError, nearest
+
+# command: (module, what it does). Help is here so that `limpet --help` loads none of the modules.
+_SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
+    "Work": {
+        "run": ("run", "Run a command on this directory in a sandbox, made if there is none."),
+        "exec": ("execs", "Run a command in a running sandbox."),
+        "shell": ("execs", "Open a shell in a sandbox."),
+        "attach": ("execs", "Follow a command that runs already."),
+        "ps": ("execs", "List the commands of a sandbox."),
+        "diff": ("workspace", "Print what changed in the sandbox as a patch."),
+        "apply": ("workspace", "Bring the changes back into the host directory."),
+        "export": ("workspace", "Write the changes to a patch file."),
+        "import": ("workspace", "Bring a host directory into a sandbox."),
+        "cp": ("copy", "Copy files between host and sandbox."),
+    },
+    "Sandboxes": {
+        "create": ("lifecycle", "Make a sandbox and boot it."),
+        "start": ("lifecycle", "Boot stopped sandboxes."),
+        "stop": ("lifecycle", "Make the data durable and power off."),
+        "restart": ("lifecycle", "Stop and start."),
+        "kill": ("lifecycle", "End the virtual machine at once; unsynced data is lost."),
+        "rm": ("lifecycle", "Delete sandboxes and their disks."),
+        "ls": ("listing", "List sandboxes."),
+        "inspect": ("listing", "Tell all about sandboxes."),
+        "stats": ("listing", "Show what sandboxes use."),
+        "set": ("settings", "Change vcpus, memory, environment, labels or time-outs."),
+        "rename": ("settings", "Give a sandbox another name."),
+        "ports": ("settings", "List, publish and withdraw ports."),
+        "logs": ("listing", "Print a log of a sandbox."),
+        "events": ("listing", "Print what happened, and follow what happens."),
+    },
+    "Installation": {
+        "setup": ("system", "Make the guest pieces and the base image."),
+        "doctor": ("system", "Check what limpet needs on this machine."),
+        "image": ("system", "The images that sandboxes are made from."),
+        "daemon": ("daemon", "Start, stop and look after the daemon."),
+        "completion": ("system", "Print a completion script for a shell."),
+        "version": ("system", "Print the version."),
+    },
+}
+COMMANDS = {name: entry for section in _SECTIONS.values() for name, entry in section.items()}
+PASSING_EXIT_CODES = ("run", "exec", "shell", "attach")  # their exit code is a command's: our own failures are 125
+
+# Typer does not export click's base error; it is the grandparent (behind UsageError) of one that it does.
+ClickException: type[Exception] = typer.BadParameter.__mro__[2]
+
+
+class LazyGroup(TyperGroup):
+    """All commands by name; a command's module is imported when the command is called."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in COMMANDS:
+            return None
+        module, help = COMMANDS[cmd_name]
+        app = importlib.import_module(f"limpet.cli.{module}").app
+        found = typer.main.get_command(app)
+        command = getattr(found, "commands", {}).get(cmd_name, found)
+        command.name, command.short_help = cmd_name, help
+        return command
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args[0] not in COMMANDS and not ctx.resilient_parsing and not args[0].startswith("-"):
+            hint = nearest(args[0], COMMANDS) or "limpet --help lists all commands"
+            raise _output.UnknownCommand(f"no such command: {args[0]}", hint=hint)
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        for title, section in _SECTIONS.items():
+            with formatter.section(title):
+                formatter.write_dl([(name, help) for name, (_, help) in section.items()])
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        with formatter.section("Exit codes"):
+            formatter.write_dl(
+                [
+                    ("0", "done"),
+                    ("1", "limpet failed"),
+                    ("2", "wrong usage"),
+                    ("124", "the --timeout of run or exec ended the command"),
+                    ("125", "limpet failed before or around the command of run, exec, shell, attach"),
+                    ("130", "ended by Ctrl-C"),
+                    ("other", "that of the command itself; 128 + n: ended by signal n"),
+                ]
+            )
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        from limpet import __version__
+
+        print(f"limpet {__version__}")
+        raise typer.Exit
+
+
+app = typer.Typer(cls=LazyGroup, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(False, "--version", callback=_show_version, is_eager=True, help="Print the version."),
+) -> None:
+    """Persistent microVM sandboxes for coding agents.
+
+    In a project, `limpet run -- CMD` gives CMD a virtual machine with the project in it; `limpet diff` and
+    `limpet apply` bring its work back.
+    """
+
+
+def run(args: Sequence[str]) -> int:
+    """Run one command line; the exit code. Whatever goes wrong is printed on stderr."""
+    failed = 125 if args and args[0] in PASSING_EXIT_CODES else 1
+    try:
+        code = typer.main.get_command(app).main(list(args) or ["--help"], prog_name="limpet", standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except _output.UnknownCommand as error:
+        _output.error(error)
+        return 2
+    except LimpetError as error:
+        _output.error(error)
+        return failed
+    except typer.Abort:
+        return 130
+    except BrokenPipeError:  # whoever reads us has had enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 141
+    except ClickException as error:
+        return _usage(error)
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        if os.environ.get("LIMPET_DEBUG"):
+            raise
+        _output.note(f"error: internal: {type(error).__name__}: {error}")
+        _output.note("hint: LIMPET_DEBUG=1 shows where; this is a bug in limpet")
+        return failed
+
+
+def _usage(error: Any) -> int:
+    """Print what is wrong with a command line."""
+    if type(error).__name__ == "NoArgsIsHelpError":
+        _output.note(error.format_message())
+        return 2
+    context = getattr(error, "ctx", None)
+    where = context.command_path if context is not None else "limpet"
+    _output.note(f"error: {error.format_message().rstrip('.')}")
+    _output.note(f"hint: {where} --help")
+    return 2
+
+
+def main() -> None:
+    """The console script `limpet`."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="surrogateescape")  # file names need not be UTF-8
+    if "_LIMPET_COMPLETE" in os.environ:
+        from typer.completion import completion_init  # type: ignore[attr-defined]
+
+        completion_init()
+    code = run(sys.argv[1:])
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()
