@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from limpet.client import AsyncClient, Client
 
 __version__ = "0.1.0"
-__all__ = ["AsyncClient", "Client", "__version__"]
+PROTOCOL = 1  # of the HTTP API; client and daemon must agree
+__all__ = ["PROTOCOL", "AsyncClient", "Client", "__version__"]
 
 
 def __getattr__(name: str) -> Any:

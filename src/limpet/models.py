@@ -9,9 +9,10 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, WithJsonSchema, field_validator
 
-PROTOCOL = 1  # of the HTTP API; client and daemon must agree
+from limpet import PROTOCOL as PROTOCOL  # spelled there so that the command line knows it without pydantic
+
 
 MIN_MEMORY_MIB = 192  # the least with which the base image boots and git works
 DEFAULT_MEMORY_MIB = 1024
@@ -25,6 +26,18 @@ class _Model(BaseModel):
 
 class _Request(BaseModel):
     model_config = ConfigDict(extra="forbid")  # an unknown key in a request is a mistake worth telling
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError("must be a string")
+    return value
+
+
+# A path of a file system: any bytes, those that are not UTF-8 as surrogate escapes (PEP 383), which plain `str` refuses.
+AnyPath = Annotated[
+    str, PlainValidator(_text), PlainSerializer(lambda value: value), WithJsonSchema({"type": "string"})
+]
 
 
 class State(StrEnum):
@@ -68,6 +81,8 @@ class SandboxSpec(_Model):
     network: Literal["user", "none"] = "user"
     ports: list[PortMapping] = []
     ephemeral: bool = False  # removed when it stops
+    ttl: Annotated[float, Field(gt=0)] | None = None  # seconds after a start at which it is stopped
+    idle_timeout: Annotated[float, Field(gt=0)] | None = None  # seconds without a command after which it is stopped
 
     _env = field_validator("env")(_check_env)
 
@@ -84,6 +99,8 @@ class CreateRequest(_Request):
     network: Literal["user", "none"] = "user"
     ports: list[PortMapping] = []
     ephemeral: bool = False
+    ttl: Annotated[float, Field(gt=0)] | None = None
+    idle_timeout: Annotated[float, Field(gt=0)] | None = None
     start: bool = True
 
     _env = field_validator("env")(_check_env)
@@ -97,6 +114,8 @@ class SetRequest(_Request):
     memory_mib: Annotated[int, Field(ge=1, le=1 << 20)] | None = None
     env: dict[str, str | None] | None = None
     labels: dict[str, str | None] | None = None
+    ttl: Annotated[float, Field(ge=0)] | None = None  # 0: none
+    idle_timeout: Annotated[float, Field(ge=0)] | None = None  # 0: none
 
 
 class SetResult(_Model):
@@ -227,14 +246,21 @@ class ExecInfo(_Model):
 class FileInfo(_Model):
     """One path in the guest. Paths that are not UTF-8 use surrogate escapes."""
 
-    path: str
+    path: AnyPath
     type: Literal["file", "directory", "symlink", "fifo", "socket", "block", "char"]
     size: int
     mode: int  # permission bits, with setuid, setgid and sticky
     uid: int
     gid: int
     mtime_ns: int
-    target: str | None = None  # of a symlink
+    target: AnyPath | None = None  # of a symlink
+
+
+class Unpacked(_Model):
+    """What a tar archive brought into the guest."""
+
+    files: int
+    bytes: int
 
 
 class SystemInfo(_Model):
@@ -303,14 +329,15 @@ class ImportResult(_Model):
     workspace: WorkspaceInfo
     files: int
     bytes: int
-    paths: list[str] | None = None  # with dry_run: every path that would be copied
+    paths: list[AnyPath] | None = None  # with dry_run: every path that would be copied
+    warnings: list[str] = []  # what was left out or comes differently
 
 
 class Change(_Model):
     """One changed file: git's status letter (A, M, D, T), path, lines added and removed (None: binary)."""
 
     status: str
-    path: str
+    path: AnyPath
     added: int | None = None
     removed: int | None = None
 
@@ -319,6 +346,7 @@ class Changes(_Model):
     base: str
     changes: list[Change]
     patch_bytes: int = 0
+    warnings: list[str] = []  # what git in the sandbox could not take along
 
 
 class ApplyRequest(_Request):
@@ -334,6 +362,13 @@ class ApplyResult(_Model):
     base: str
     changes: list[Change]
     applied: bool
+
+
+class Drift(_Model):
+    """Whether the host directory changed since its import, and how that shows."""
+
+    moved: bool
+    why: str | None = None
 
 
 class Row(_Model):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import random
 import re
 import time
 
 from limpet.errors import BadRequest
 
 _LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+_ADJECTIVES = "able bold brisk calm clear deft eager fair firm glad keen kind mild neat quick quiet sharp swift warm wise"
+_NOUNS = "auk bass carp cod crab dab eel gull hake kelp krill lark orca otter perch pike ray seal skate smelt squid tern"
 _ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"  # Crockford's base 32, lower case
 
 
@@ -27,6 +30,11 @@ def to_label(text: str, fallback: str = "sandbox") -> str:
     """The DNS label nearest to `text`: lower case, other characters as '-'."""
     label = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40].strip("-")
     return label or fallback
+
+
+def random_name() -> str:
+    """A name for a sandbox that was given none, such as `calm-otter-41`."""
+    return f"{random.choice(_ADJECTIVES.split())}-{random.choice(_NOUNS.split())}-{random.randrange(10, 100)}"
 
 
 def new_id(prefix: str) -> str:

@@ -2,25 +2,29 @@
 
     data/                       durable: back this up
       limpet.db                 SQLite: what every sandbox *is* (spec, state, workspace), events, operations
+      limpet.db.bak             a copy of it, at most a day old while the daemon runs
       lock                      flock: one daemon per state directory
       sandboxes/<id>/           everything of one sandbox; removed with it
-        root.qcow2              system disk, an overlay over images/<digest>/root.raw
-        data.qcow2              data disk (@home, @workspace), an overlay over the blank Btrfs disk
+        root.qcow2              system disk, an overlay over images/<name>/<digest>/root.raw
+        data.qcow2              data disk (@home, @workspace), standalone: a copy of the blank Btrfs disk
         intake.raw              scratch for bulk host → guest; sparse, meaningless after a stop
         handles.json            what is true now: pids, start times, sockets; rebuilt from the live system
         vm.lock                 flock held by QEMU: "locked" is what "running" means
         console.log             serial console, bounded
         agent.log               the guest agent's own log, bounded
         qemu.log                QEMU's stderr, bounded
+      images/<name>/<digest>/   image: root.raw and image.json, named by content; sandboxes' root disks build on it
+      images/<name>/current     which of them the name means
     cache/                      can be made again by `limpet setup`
       pieces/<key>/             kernel, modules, guest Python: unpacked from Debian packages
       artifacts/<name>-<key>    vmlinux, initramfs, agent disk, blank data disk: content-addressed
-      images/<name>/<key>/      image: root.raw and image.json
+      setup.lock                flock: one setup at a time
       probe.json                the accelerator verdict and its key
       bench/                    what `make bench` keeps between runs
     run/                        gone after a reboot; 0700
       daemon.sock               the API
       daemon.log                structured log of the daemon (JSON lines)
+      daemon.err                what the daemon wrote to stderr: why it could not start
       daemon.json               pid, version and start time of the daemon
       vm/<short>/qmp, chan      a VM's sockets
 
@@ -104,6 +108,10 @@ class Paths:
         return self.data / "limpet.db"
 
     @property
+    def database_backup(self) -> Path:
+        return self.data / "limpet.db.bak"
+
+    @property
     def state_lock(self) -> Path:
         return self.data / "lock"
 
@@ -121,7 +129,11 @@ class Paths:
 
     @property
     def images(self) -> Path:
-        return self.cache / "images"
+        return self.data / "images"
+
+    @property
+    def setup_lock(self) -> Path:
+        return self.cache / "setup.lock"
 
     @property
     def probe(self) -> Path:
@@ -142,6 +154,10 @@ class Paths:
     @property
     def daemon_log(self) -> Path:
         return self.run / "daemon.log"
+
+    @property
+    def daemon_errors(self) -> Path:
+        return self.run / "daemon.err"
 
     @property
     def daemon_info(self) -> Path:
@@ -168,9 +184,9 @@ class Paths:
             self.sockets.chmod(0o700)
 
 
-def discover() -> Paths:
-    """The paths of this user: `LIMPET_HOME` when set, else the platform's data, cache and runtime directories."""
-    if home := os.environ.get("LIMPET_HOME"):
+def discover(home: str | os.PathLike[str] | None = None) -> Paths:
+    """The paths under `home` (default: `LIMPET_HOME`), else this user's data, cache and runtime directories."""
+    if home := home or os.environ.get("LIMPET_HOME"):
         root = Path(home).absolute()
         return Paths(root / "data", root / "cache", root / "run")
     import platformdirs

@@ -24,7 +24,8 @@ _SEARCH = os.pathsep.join((os.environ.get("PATH", os.defpath), "/usr/local/sbin"
 _PACKAGES = {  # which Debian package brings a tool that is missing
     "qemu-system-x86_64": "qemu-system-x86", "qemu-img": "qemu-utils", "mmdebstrap": "mmdebstrap",
     "mke2fs": "e2fsprogs", "mkfs.btrfs": "btrfs-progs", "mksquashfs": "squashfs-tools", "git": "git",
-    "passt": "passt", "newuidmap": "uidmap", "depmod": "kmod", "lz4": "lz4", "unshare": "util-linux",
+    "passt": "passt", "newuidmap": "uidmap", "newgidmap": "uidmap", "depmod": "kmod", "lz4": "lz4",
+    "unshare": "util-linux",
 }  # fmt: skip
 
 
@@ -37,6 +38,10 @@ class CommandFailed(LimpetError):
         tail = stderr.decode(errors="replace").strip()[-2000:]
         super().__init__(f"{Path(argv[0]).name} failed with status {returncode}" + (f": {tail}" if tail else ""))
         self.returncode, self.stdout, self.stderr = returncode, stdout, stderr
+
+
+Child = subprocess.Popen[bytes]  # what `spawn_detached` gives
+_disowned: list[Child] = []
 
 
 @dataclass(frozen=True)
@@ -100,12 +105,18 @@ def require(tool: str) -> str:
     """The path of a host tool; raises Unavailable naming the Debian package when it is missing."""
     if path := find(tool):
         return path
-    package = _PACKAGES.get(tool, tool)
-    raise Unavailable(f"{tool} is not installed", hint=f"sudo apt-get install {package}")
+    raise Unavailable(f"{tool} is not installed", hint=f"sudo apt-get install {package(tool)}")
+
+
+def package(tool: str) -> str:
+    """The Debian package that brings a host tool."""
+    return _PACKAGES.get(tool, tool)
 
 
 def _environment(extra: Mapping[str, str] | None) -> dict[str, str]:
-    return {**os.environ, "PATH": _SEARCH, "LC_ALL": "C.UTF-8", **(extra or {})}
+    # A daemon started from a git hook inherits GIT_DIR and friends; our git commands must not follow them.
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
+    return {**inherited, "PATH": _SEARCH, "LC_ALL": "C.UTF-8", **(extra or {})}
 
 
 async def run(
@@ -182,7 +193,7 @@ def spawn_detached(
     pass_fds: Sequence[int] = (),
     cwd: Path | None = None,
     env: Mapping[str, str] | None = None,
-) -> subprocess.Popen[bytes]:
+) -> Child:
     """Start a process that outlives us: own session, stdin and stdout on /dev/null, stderr appended to `log` (0600).
     Only `pass_fds` are inherited. The caller reaps it while it lives."""
     fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
@@ -193,6 +204,11 @@ def spawn_detached(
         )  # fmt: skip
     finally:
         os.close(fd)
+
+
+def disown(child: Child) -> None:
+    """Forget a detached child that runs on. It stays known here only to be reaped when a later one is disowned."""
+    _disowned[:] = [known for known in [*_disowned, child] if known.poll() is None]
 
 
 async def _reap(process: asyncio.subprocess.Process) -> None:
