@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from limpet.version import PROTOCOL, __version__
+
 if TYPE_CHECKING:
     from limpet.client import AsyncClient, Client
 
-__version__ = "0.1.0"
-PROTOCOL = 1  # of the HTTP API; client and daemon must agree
 __all__ = ["PROTOCOL", "AsyncClient", "Client", "__version__"]
 
 

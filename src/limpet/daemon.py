@@ -12,7 +12,6 @@ import signal
 import sys
 from collections.abc import Callable
 
-import limpet
 from limpet import durable, log, paths
 from limpet.api.app import create_app
 from limpet.api.door import Services
@@ -35,6 +34,7 @@ from limpet.services.stats import StatsService
 from limpet.services.system import Images, System
 from limpet.services.workspace import Workspaces
 from limpet.store import Store
+from limpet.version import __version__
 
 _log = log.get("daemon")
 
@@ -66,7 +66,7 @@ async def run(where: paths.Paths) -> None:
         sandboxes = Sandboxes(host)
         with log.operation():
             await reconcile(host, sandboxes)
-        info = {"pid": os.getpid(), "version": limpet.__version__}
+        info = {"pid": os.getpid(), "version": __version__}
         durable.replace_file(where.daemon_info, json.dumps(info).encode())
         clock = asyncio.create_task(timers.run(host, sandboxes), name="timers")
         app = create_app(build_services(host, sandboxes, ended.set))

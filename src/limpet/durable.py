@@ -29,10 +29,10 @@ def replace_file(path: Path, content: bytes, *, mode: int = 0o600) -> None:
             file.flush()
             os.fchmod(file.fileno(), mode)
             os.fsync(file.fileno())
-        os.rename(temporary, path)
+        Path(temporary).rename(path)
     except BaseException as error:
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
+            Path(temporary).unlink()
         raise _explained(error, path) from error
     sync_directory(path.parent)
 
@@ -41,7 +41,7 @@ def publish(source: Path, target: Path) -> None:
     """Give a finished file or directory tree its final name: its data reaches the disk first, the rename is the
     commit point. `target` must not be a non-empty directory."""
     sync_tree(source)
-    os.rename(source, target)
+    source.rename(target)
     sync_directory(target.parent)
 
 
@@ -70,7 +70,7 @@ def remove_tree(path: Path) -> None:
     """Remove a directory so that a crash never leaves half of it under its name: rename aside, then delete."""
     doomed = path.with_name(f"{_PREFIX}rm-{path.name}")
     with contextlib.suppress(FileNotFoundError):
-        os.rename(path, doomed)
+        path.rename(doomed)
         sync_directory(path.parent)
     shutil.rmtree(doomed, ignore_errors=True)
 

@@ -11,8 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, WithJsonSchema, field_validator
 
-from limpet import PROTOCOL as PROTOCOL  # spelled there so that the command line knows it without pydantic
-
+from limpet.version import PROTOCOL as PROTOCOL
 
 MIN_MEMORY_MIB = 192  # the least with which the base image boots and git works
 DEFAULT_MEMORY_MIB = 1024
@@ -34,7 +33,7 @@ def _text(value: object) -> str:
     return value
 
 
-# A path of a file system: any bytes, those that are not UTF-8 as surrogate escapes (PEP 383), which plain `str` refuses.
+# A path: any bytes, those that are not UTF-8 as surrogate escapes (PEP 383), which pydantic's own `str` refuses.
 AnyPath = Annotated[
     str, PlainValidator(_text), PlainSerializer(lambda value: value), WithJsonSchema({"type": "string"})
 ]
@@ -52,7 +51,7 @@ class State(StrEnum):
 
 
 class PortMapping(_Model):
-    """`host` on 127.0.0.1 of the host leads to `guest` on 127.0.0.1 of the guest, over the channel. host 0: any free one."""
+    """`host` on the host's 127.0.0.1 leads to `guest` on the guest's 127.0.0.1; host 0: any free one."""
 
     host: Annotated[int, Field(ge=0, le=65535)]
     guest: Annotated[int, Field(ge=1, le=65535)]
@@ -318,10 +317,12 @@ class Event(_Model):
 
 
 class ImportRequest(_Request):
-    """Bring a host directory into the guest. `dry_run` only says what would be copied."""
+    """Bring a host directory into the guest. `dry_run` only says what would be copied. A workspace that is there and
+    has changes which `replace` does not give up is kept: the import is refused."""
 
     host_dir: str
     untracked: bool = True
+    replace: bool = False
     dry_run: bool = False
 
 

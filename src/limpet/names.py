@@ -10,8 +10,8 @@ import time
 from limpet.errors import BadRequest
 
 _LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
-_ADJECTIVES = "able bold brisk calm clear deft eager fair firm glad keen kind mild neat quick quiet sharp swift warm wise"
-_NOUNS = "auk bass carp cod crab dab eel gull hake kelp krill lark orca otter perch pike ray seal skate smelt squid tern"
+_ADJECTIVES = "able bold brisk calm clear deft eager fair firm keen kind mild neat quick quiet sharp swift warm wise"
+_NOUNS = "auk bass carp cod crab dab eel gull hake kelp krill lark orca otter perch pike ray seal smelt squid tern"
 _ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"  # Crockford's base 32, lower case
 
 

@@ -32,8 +32,9 @@ class Agent:
     """Everything that lives as long as this process."""
 
     def __init__(
-        self, config: Config, supervisor: Socket, listener: Socket | None, held: dict[str, Held], starts: int
-    ) -> None:
+        self, config: Config, supervisor: Socket, listener: Socket | None, held: dict[str, Held],
+        ended: dict[str, Params], starts: int,
+    ) -> None:  # fmt: skip
         self.config = config
         self.log = Log(config.log)
         self.loop = Loop(lambda error: self.log("callback failed", error=repr(error), at=_where(error)))
@@ -42,13 +43,14 @@ class Agent:
         self._keeper = Keeper(supervisor, self.log)
         self.boot_id = system.boot_id()
         self._execs = Execs(self.loop, self._keeper, config.state, self.boot_id, protect=not config.local)
-        self._execs.adopt(held)
+        self._execs.adopt(held, ended)
         self._intake: Intake | None = None
         self._waiting: list[Callable[[], None]] = []
         self._data = "ready" if config.local else "waiting"
         self._began = time.monotonic()
         link = self._link(listener)
         self.mux = Mux(link, self._opened, self._open_intake, self.log)
+        self.loop.before_wait = self.mux.flush
         self._short: dict[str, Callable[[Stream, Params], None]] = {
             "ping": self._ping, "system": self._system, "hostname": self._hostname, "log": self._send_log,
             "poweroff": self._poweroff,

@@ -21,10 +21,9 @@ class Attachment:
     """Couples a stream to a command. Its going away never hurts the command."""
 
     def __init__(
-        self, stream: Stream, command: Command, offsets: dict[str, int], *, stdin: bool, steal: bool = False,
-        early: Iterable[tuple[int, bytes]] = (),
-    ) -> None:  # fmt: skip
-        """`offsets`: where to begin in each lane; `early`: input that came before the command had started."""
+        self, stream: Stream, command: Command, offsets: dict[str, int], *, stdin: bool, steal: bool = False
+    ) -> None:
+        """`offsets`: where to begin in each lane. Raises Fault(busy) when another client has the input."""
         self.positions = offsets
         self._stream = stream
         self._command = command
@@ -36,9 +35,12 @@ class Attachment:
         stream.on_gone = self._left
         stream.on_end = self._input_ended
         stream.on_data = self._input
+
+    def begin(self, early: Iterable[tuple[int, bytes]] = ()) -> None:
+        """Start to send; `early` is input that came before the command had started."""
         for charge, data in early:
             self._input(charge, data)
-        if stream.ended:
+        if self._stream.ended:
             self._input_ended()
         self.feed()
 

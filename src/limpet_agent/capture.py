@@ -30,18 +30,11 @@ class Lane:
         self.start = self.end = 0
         if file >= 0:
             self._recover()
-        if source >= 0 and not terminal:
-            try:
-                fcntl.fcntl(source, _F_SETPIPE_SZ, _PIPE_SIZE)
-            except OSError:  # over the user's pipe limit: the default will do
-                pass
 
     def pump(self) -> bool:
         """Move what is there, at most 1 MiB. False at the end of the output."""
         try:
-            if self.file < 0:
-                self._create()
-            moved = self._read_write() if self.terminal else self._splice()
+            moved = self._move()
         except BlockingIOError:
             return True
         except OSError as error:
@@ -82,9 +75,31 @@ class Lane:
         if self.file < 0 and self.end:
             self.file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
 
-    def _create(self) -> None:
-        os.makedirs(os.path.dirname(self.path), 0o700, exist_ok=True)
-        self.file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    def _move(self) -> int:
+        if self.file < 0:
+            return self._first()
+        return self._read_write() if self.terminal else self._splice()
+
+    def _first(self) -> int:
+        """The first bytes make the file: a command that says nothing costs no file."""
+        data = os.read(self.source, 64 << 10)
+        if data:
+            flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+            try:
+                self.file = os.open(self.path, flags, 0o600)
+            except FileNotFoundError:
+                os.makedirs(os.path.dirname(self.path), 0o700, exist_ok=True)
+                self.file = os.open(self.path, flags, 0o600)
+            self._write(data)
+            self._widen()
+        return len(data)
+
+    def _widen(self) -> None:
+        if not self.terminal:
+            try:
+                fcntl.fcntl(self.source, _F_SETPIPE_SZ, _PIPE_SIZE)
+            except OSError:  # over the user's pipe limit: the default will do
+                pass
 
     def _splice(self) -> int:
         try:
@@ -95,11 +110,14 @@ class Lane:
             return self._read_write()  # a file system without splice
 
     def _read_write(self) -> int:
-        data = memoryview(os.read(self.source, 64 << 10))
-        size = len(data)
-        while data:
-            data = data[os.write(self.file, data) :]
-        return size
+        data = os.read(self.source, 64 << 10)
+        self._write(data)
+        return len(data)
+
+    def _write(self, data: bytes) -> None:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(self.file, view) :]
 
     def _discard(self) -> int:
         """The disk is full: the command goes on, its output is lost, and readers are told of a gap.

@@ -55,7 +55,7 @@ def loads(data: bytes) -> dict[str, Any]:
     try:
         text = data.decode().strip()
         value, end = _scan(text, 0)
-    except (ValueError, StopIteration, RecursionError):
+    except (ValueError, StopIteration, RecursionError, SystemError):  # the last: its error class is not imported
         raise Fault("bad_request", "the message is not JSON") from None
     if end != len(text) or not isinstance(value, dict):
         raise Fault("bad_request", "the message is not one JSON object")

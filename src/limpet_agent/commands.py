@@ -72,7 +72,7 @@ class Command:
             self._loop.watch(self._pidfd, IN, lambda _events: self._reap())
         if self.deadline is not None:
             self._timer = self._loop.after(max(self.deadline - time.monotonic(), 0), self._time_up)
-        self._loop.after(_SAVE_AFTER, self.save)
+        self._loop.after(_SAVE_AFTER, lambda: None if self.ended else self.save())
 
     def kill(self, number: int) -> None:
         """Send a signal to the whole process group. Raises Fault when the command has ended."""
@@ -127,7 +127,7 @@ class Command:
         if self.ended and all(lane.source < 0 for lane in self.lanes.values()):
             if not self.finished:
                 self._finish()
-            self._owner.keeper.forget(self.id)
+            self._owner.keeper.forget(self.id, self.info())
             self._close_stdin()
 
     def _finish(self) -> None:
@@ -142,7 +142,8 @@ class Command:
         for waiter in self.waiters:
             waiter()
         self.waiters.clear()
-        self._loop.after(_SAVE_AFTER, self.save)
+        if any(lane.file >= 0 for lane in self.lanes.values()):
+            self._loop.after(_SAVE_AFTER, self.save)
         self._owner.finished(self)
 
     # -- output
@@ -278,7 +279,7 @@ class Command:
         return told
 
     def save(self) -> None:
-        """Leave a record for a later agent or boot. Losing it loses no output."""
+        """Leave a record for a later boot (PID 1 has one for a later agent). Losing it loses no output."""
         directory = self._owner.directory(self.id)
         try:
             os.makedirs(directory, 0o700, exist_ok=True)

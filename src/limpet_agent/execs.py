@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from limpet_agent.keeper import Held, Keeper
     from limpet_agent.streams import Stream
 
-_KEEP_ENDED = 50
+KEEP_ENDED = 50
 _LONGEST_ARGUMENT = 128 << 10  # MAX_ARG_STRLEN, execve(2)
 
 
@@ -58,7 +58,7 @@ class Execs(Owner):
     def finished(self, command: Command) -> None:
         """Count a command among the ended ones; forget the oldest of too many."""
         self._ended[command.id] = None
-        while len(self._ended) > _KEEP_ENDED:
+        while len(self._ended) > KEEP_ENDED:
             self._forget(self._ended.popitem(last=False)[0])
 
     # -- starting
@@ -109,9 +109,8 @@ class Execs(Owner):
                 failed(spawn.explain(report, plan))
             else:
                 command.begin(pid, child=True)
+                self.keeper.keep(command)  # before anybody is told that it runs
                 done(command)
-                if not command.ended:
-                    self.keeper.keep(command)
 
         self.loop.watch(reader, IN, spoke)
 
@@ -148,8 +147,10 @@ class Execs(Owner):
 
     # -- taking over, remembering, forgetting
 
-    def adopt(self, held: dict[str, Held]) -> None:
-        """Take over what an earlier agent of this boot had started."""
+    def adopt(self, held: dict[str, Held], ended: dict[str, dict[str, Any]]) -> None:
+        """Take over what an earlier agent of this boot had started, and know what had ended."""
+        for info in ended.values():
+            self.finished(self._restore(info))
         for ident, record in held.items():
             about, fds = record.about, record.fds
             command = Command(self, ident, about["argv"], about["user"], about["cwd"], about["tty"])
@@ -192,21 +193,25 @@ class Execs(Owner):
     def _load_one(self, ident: str) -> None:
         try:
             with open(self.directory(ident) + "/info.json", "rb") as file:
-                told = codec.loads(file.read(1 << 20))
-            command = Command(self, ident, told["argv"], told["user"], told["cwd"], told["tty"])
-            command.exit_code, command.signal = told["exit_code"], told["signal"]
-            command.pid, command.timed_out = told["pid"], told["timed_out"]
-            command.started_at, command.ended_at = told["started_at"], told["ended_at"]
-            for name in ("stdout", "stderr"):
-                path = f"{self.directory(ident)}/{name}"
-                lane = Lane(name, path, -1, terminal=False)
-                lane.start = told[name + "_start"]
-                lane.end = os.stat(path).st_size if os.path.exists(path) else 0
-                command.lanes[name] = lane
-            command.ended = command.finished = True
-            self._commands[ident] = command
+                self._restore(codec.loads(file.read(1 << 20)))
         except (OSError, Fault, KeyError, TypeError):
             _remove(self.directory(ident))
+
+    def _restore(self, told: dict[str, Any]) -> Command:
+        """A command that is over, from its `info`; the output files may be longer than it says after a power cut."""
+        ident = told["id"]
+        command = Command(self, ident, told["argv"], told["user"], told["cwd"], told["tty"])
+        command.exit_code, command.signal = told["exit_code"], told["signal"]
+        command.pid, command.timed_out = told["pid"], told["timed_out"]
+        command.started_at, command.ended_at = told["started_at"], told["ended_at"]
+        for name in ("stdout", "stderr"):
+            lane = Lane(name, f"{self.directory(ident)}/{name}", -1, terminal=False)
+            lane.start = told[name + "_start"]
+            lane.end = os.stat(lane.path).st_size if os.path.exists(lane.path) else 0
+            command.lanes[name] = lane
+        command.ended = command.finished = True
+        self._commands[ident] = command
+        return command
 
     def _forget(self, ident: str) -> None:
         command = self._commands.pop(ident, None)
@@ -232,7 +237,7 @@ class Execs(Owner):
                 stream.end()
             elif stream.open:
                 offsets = dict.fromkeys(command.lanes, 0)
-                Attachment(stream, command, offsets, stdin=bool(params.get("stdin")) or command.tty, early=early)
+                Attachment(stream, command, offsets, stdin=bool(params.get("stdin")) or command.tty).begin(early)
 
         self.start(params, started, stream.reset)
 
@@ -247,8 +252,10 @@ class Execs(Owner):
             if not isinstance(offset, int) or not 0 <= offset <= command.lanes[name].end:
                 raise Fault("bad_request", f"{name} has {command.lanes[name].end} bytes, none at {offset!r}")
             offsets[name] = offset
+        stdin, steal = bool(params.get("stdin")), bool(params.get("steal"))
+        attachment = Attachment(stream, command, offsets, stdin=stdin, steal=steal)
         stream.send_message({"attached": command.info()})
-        Attachment(stream, command, offsets, stdin=bool(params.get("stdin")), steal=bool(params.get("steal")))
+        attachment.begin()
 
     def op_list(self, stream: Stream, _params: dict[str, Any]) -> None:
         """exec.list: one message per command, for the argv may be long."""

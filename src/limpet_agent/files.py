@@ -127,6 +127,8 @@ def write(worker: Worker, params: Params) -> None:
     path = os.path.realpath(path_of(params))
     directory, name = os.path.split(path)
     user = owner_of(params)
+    for key in ("mode", "uid", "gid", "mtime_ns"):
+        number(params, key)  # refuse before anything is sent
     if params.get("make_parents"):
         make_directories(directory, user)
     if os.path.isdir(path):

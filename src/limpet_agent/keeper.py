@@ -1,8 +1,9 @@
 """How running commands survive the agent: it hands PID 1 a duplicate of every descriptor that they depend on.
 
 One SOCK_SEQPACKET pair between agent and PID 1; each message is one JSON object, with descriptors (SCM_RIGHTS) in the
-order of its "fds" names. Agent → PID 1: {"keep": id, "about": {…}, "fds": […]}, {"forget": id}, {"drop_stdin": id},
-{"poweroff": true}. PID 1 → agent: {"ended": pid, "status": n} for commands that an earlier agent started.
+order of its "fds" names. Agent → PID 1: {"keep": id, "about": {…}, "fds": […]}, {"drop_stdin": id},
+{"forget": id, "info": {…} | null}, {"poweroff": true}.
+PID 1 → agent: {"ended": pid, "status": n} for commands that an earlier agent started.
 """
 
 from __future__ import annotations
@@ -96,10 +97,10 @@ class Keeper:
         if not send(self._socket, {"keep": command.id, "about": about, "fds": list(fresh)}, list(fresh.values())):
             self._log("command is not kept by PID 1", command=command.id)
 
-    def forget(self, ident: str) -> None:
-        """PID 1 may close what it holds of a command."""
+    def forget(self, ident: str, info: dict[str, Any] | None = None) -> None:
+        """PID 1 may close what it holds of a command; `info` is what a later agent is to know of it."""
         if self._known.pop(ident, None) is not None:
-            send(self._socket, {"forget": ident})
+            send(self._socket, {"forget": ident, "info": info})
 
     def drop_stdin(self, ident: str) -> None:
         """PID 1 must close its duplicate of the command's input, else it would see no end of file."""

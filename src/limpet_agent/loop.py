@@ -41,6 +41,7 @@ class Loop:
         self._soon: deque[Callable[[], None]] = deque()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._on_error = on_error
+        self.before_wait: Callable[[], None] = lambda: None  # the end of every turn
         self.watch(self._wake, IN, self._woken)
 
     def watch(self, fd: int, events: int, handler: Callable[[int], None]) -> None:
@@ -79,6 +80,7 @@ class Loop:
 
     def turn(self) -> None:
         """Wait for something and handle it. An exception in one callback is reported and harms no other."""
+        self._guarded(self.before_wait)
         for fd, events in self._epoll.poll(self._patience()):
             handler = self._handlers.get(fd)
             if handler is not None:

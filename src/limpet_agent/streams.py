@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 CHUNK = 256 << 10  # the size of DATA frames: large enough to be cheap, small enough to let others in between
 _HIGH_WATER = 2 * CHUNK
 _RETURN_AT = frames.WINDOW // 16
+_SMALL = 4096  # payloads up to here are copied together
+_BATCH = 16 << 10
 
 
 class Stream:
@@ -159,7 +161,6 @@ class Mux:
         self._ready: deque[Stream] = deque()
         self._pending: list[bytes | memoryview] = []
         self._deaf = False  # out of step: ignore input until the host connects anew
-        self._flushing = False
         link.received, link.writable, link.lost = self._received, self.flush, self._lost
 
     def __len__(self) -> int:
@@ -168,13 +169,11 @@ class Mux:
     def control(self, number: int, kind: int, payload: bytes) -> None:
         """Send a frame ahead of all data."""
         self._control.append(frames.encode(number, kind, payload))
-        self.flush()
 
     def ready(self, stream: Stream) -> None:
         """The stream may have something to send."""
         if stream not in self._ready:
             self._ready.append(stream)
-        self.flush()
 
     def drop(self, stream: Stream) -> None:
         """Forget a stream and tell its consumer."""
@@ -183,18 +182,13 @@ class Mux:
         stream.on_gone()
 
     def flush(self) -> None:
-        """Write until the link is full or nothing is left."""
-        if self._flushing:  # called from a producer that flush() itself asked for more
-            return
-        self._flushing = True
-        try:
-            while self._pending or self._fetch():
-                taken = self._link.write(self._pending)
-                if not taken:
-                    return
-                self._advance(taken)
-        finally:
-            self._flushing = False
+        """Write until the link is full or nothing is left. Called at the end of every turn of the loop, so that the
+        small frames of one turn go out in one write: each is an exit from the virtual machine."""
+        while self._pending or self._fetch():
+            taken = self._link.write(self._pending)
+            if not taken:
+                return
+            self._advance(taken)
 
     def _advance(self, taken: int) -> None:
         while taken:
@@ -206,9 +200,26 @@ class Mux:
             del self._pending[0]
 
     def _fetch(self) -> bool:
-        if self._control:
-            self._pending.append(self._control.popleft())
-            return True
+        """Put the next frame, or several small ones, into `_pending`."""
+        small = bytearray()
+        while len(small) < _BATCH:
+            if self._control:
+                small += self._control.popleft()
+                continue
+            frame = self._next_of_streams()
+            if frame is None:
+                break
+            head, payload = frame
+            if len(payload) > _SMALL:
+                self._pending += [bytes(small) + head, payload]
+                return True
+            small += head
+            small += payload
+        if small:
+            self._pending.append(bytes(small))
+        return bool(small)
+
+    def _next_of_streams(self) -> tuple[bytes, bytes | memoryview] | None:
         while self._ready:
             stream = self._ready.popleft()
             if not stream.open:
@@ -223,10 +234,8 @@ class Mux:
                     self.drop(stream)
             elif stream not in self._ready:
                 self._ready.append(stream)
-            head = frames.header(stream.number, kind, len(payload))
-            self._pending += [head, payload] if len(payload) > 4096 else [b"".join((head, payload))]
-            return True
-        return False
+            return frames.header(stream.number, kind, len(payload)), payload
+        return None
 
     def _received(self, data: bytes) -> None:
         if self._deaf:
@@ -240,7 +249,6 @@ class Mux:
             self._deaf = True
             self._drop_all()
             self._control.append(frames.hello())
-            self.flush()
 
     def _handle(self, number: int, kind: int, payload: bytes) -> None:
         if kind == frames.HELLO:
@@ -257,10 +265,16 @@ class Mux:
                 if stream.ended and stream.sent_all() and stream.open:
                     self.drop(stream)
         except Fault as fault:
-            if (victim := self._streams.get(number)) is not None:
-                victim.reset(fault)
-            else:
-                self.control(number, frames.RESET, codec.dumps(fault.to_dict()))
+            self._refuse(number, fault)
+        except Exception as error:  # a bug of ours must not take the other frames along
+            self._log("frame failed", error=repr(error))
+            self._refuse(number, Fault("internal", f"the guest agent failed: {error!r}"))
+
+    def _refuse(self, number: int, fault: Fault) -> None:
+        if (victim := self._streams.get(number)) is not None:
+            victim.reset(fault)
+        else:
+            self.control(number, frames.RESET, codec.dumps(fault.to_dict()))
 
     def _open(self, number: int, payload: bytes) -> None:
         if number in self._streams or number % 2 == 0:
@@ -275,7 +289,6 @@ class Mux:
         self._control.clear()
         self._control.append(frames.hello(nonce))
         self._log("session")
-        self.flush()
 
     def _lost(self) -> None:
         self._decoder.reset()

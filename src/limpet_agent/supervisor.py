@@ -14,7 +14,7 @@ import time
 from _socket import AF_UNIX, SOCK_CLOEXEC, SOCK_NONBLOCK, SOCK_SEQPACKET, SOCK_STREAM, socketpair
 from _socket import socket as Socket
 
-from limpet_agent import boot, config, keeper
+from limpet_agent import boot, config, execs, keeper
 from limpet_agent.agent import Agent
 from limpet_agent.agentlog import Log
 from limpet_agent.faults import Fault
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 _PR_SET_CHILD_SUBREAPER = 36
-_RESTART_PAUSES = (0.0, 0.05, 0.2, 1.0, 5.0)  # seconds before the n-th start in a row
+_RESTART_PAUSES = (0.0, 0.0, 0.02, 0.05, 0.1, 0.5, 2.0)  # seconds before the n-th start in a row
 _IGNORED = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)  # by PID 1
 _STEADY = 10.0  # an agent that lived this long was well
 
@@ -37,6 +37,7 @@ class Supervisor:
         self._config = settings
         self._log = Log(settings.log)
         self._held: dict[str, keeper.Held] = {}
+        self._ended: dict[str, dict[str, Any]] = {}  # what is known of commands that are over, the oldest first
         self._listener = _listen(settings.listen) if settings.listen else None
         self._wake, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.signal(signal.SIGCHLD, lambda _number, _frame: None)
@@ -91,7 +92,7 @@ class Supervisor:
             for number in (*_IGNORED, signal.SIGCHLD):
                 signal.signal(number, signal.SIG_DFL)
             os.setsid()
-            Agent(self._config, socket, self._listener, self._held, self._starts).run()
+            Agent(self._config, socket, self._listener, self._held, self._ended, self._starts).run()
         except BaseException as error:
             self._log("agent failed", error=repr(error))
         finally:
@@ -140,10 +141,19 @@ class Supervisor:
             held_or_none = self._held.pop(message["forget"], None)
             if held_or_none is not None:
                 held_or_none.close()
+            self._remember(message["forget"], message["info"])
         elif "drop_stdin" in message and message["drop_stdin"] in self._held:
             self._held[message["drop_stdin"]].close("stdin")
         elif "poweroff" in message:
             boot.poweroff(self._config, [held.about["pid"] for held in self._held.values()], self._agent)
+
+    def _remember(self, ident: str, info: dict[str, Any] | None) -> None:
+        if info is None:
+            self._ended.pop(ident, None)
+            return
+        self._ended[ident] = info
+        while len(self._ended) > execs.KEEP_ENDED:
+            del self._ended[next(iter(self._ended))]
 
     # -- other people's children
 

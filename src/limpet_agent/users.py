@@ -35,10 +35,17 @@ class _File:
         self._stamp: tuple[int, int, int] | None = None
         self._rows: list[list[str]] = []
 
-    def rows(self, fields: int) -> list[list[str]]:
+    def stamp(self) -> tuple[int, int, int]:
+        """What changes with the file."""
         try:
             found = os.stat(self._path)
-            stamp = (found.st_mtime_ns, found.st_size, found.st_ino)
+        except OSError:
+            return 0, 0, 0
+        return found.st_mtime_ns, found.st_size, found.st_ino
+
+    def rows(self, fields: int) -> list[list[str]]:
+        stamp = self.stamp()
+        try:
             if stamp != self._stamp:
                 with open(self._path, encoding="utf-8", errors="surrogateescape") as file:
                     rows = [line.rstrip("\n").split(":") for line in file]
@@ -51,6 +58,7 @@ class _File:
 
 _passwd = _File("/etc/passwd")
 _group = _File("/etc/group")
+_found: dict[str, tuple[object, User]] = {}
 _image: dict[str, Any] | None = None
 
 
@@ -76,6 +84,14 @@ def default_user() -> str:
 
 def find(name: str) -> User:
     """The account called `name`, or with that uid. Raises Fault(not_found)."""
+    stamps = (_passwd.stamp(), _group.stamp())
+    known = _found.get(name)
+    if known is None or known[0] != stamps:
+        known = _found[name] = (stamps, _look_up(name))
+    return known[1]
+
+
+def _look_up(name: str) -> User:
     for row in _passwd.rows(7):
         if (row[0] == name or row[2] == name) and row[2].isdigit() and row[3].isdigit():
             user = User(row[0], int(row[2]), int(row[3]), row[5] or "/", row[6] or "/bin/sh")

@@ -1,25 +1,18 @@
 """Services for the API's tests: real operations, events and store; sandboxes in a dict, files in a directory, commands
-that are played. And a server on a real Unix socket in a thread."""
+that are played."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
-import shutil
-import tempfile
 import threading
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, cast
-
-import httpx
+from typing import Any
 
 from limpet import PROTOCOL
-from limpet.api.app import create_app
-from limpet.api.door import LaneName, LogSource, Services
-from limpet.api.server import serving
+from limpet.api.door import LaneName, LogSource
 from limpet.errors import AlreadyExists, FailedPrecondition, NotFound, nearest
 from limpet.models import (
     CreateRequest,
@@ -43,13 +36,9 @@ from limpet.models import (
     Unpacked,
 )
 from limpet.names import new_id
-from limpet.paths import Paths
-from limpet.services.events import Events
 from limpet.services.operations import Operations, Stages
 from limpet.services.streams import ExecEvent, Exit, FileBody, Gap, Output, Started
-from limpet.store import Store
 
-HEADERS = {"Limpet-Protocol": str(PROTOCOL)}
 CHUNK = 256 << 10
 
 
@@ -337,75 +326,3 @@ class NoPorts:
 class NoImages:
     async def list(self) -> Sequence[ImageInfo]:
         return []
-
-
-class Running:
-    """A server in a thread, and what it serves."""
-
-    def __init__(self, home: Path) -> None:
-        self.paths = Paths(home / "data", home / "cache", home / "run")
-        self.paths.make()
-        (home / "guest").mkdir()
-        self.files = DirectoryFiles(home / "guest")
-        self.execs = PlayedExecs()
-        self.socket = self.paths.daemon_socket
-        self._ready = threading.Event()
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._main()))
-
-    def __enter__(self) -> Running:
-        self._thread.start()
-        assert self._ready.wait(10)
-        return self
-
-    def end(self) -> None:
-        """Shut it down; `__exit__` waits for it."""
-        self.loop.call_soon_threadsafe(self._end.set)
-
-    def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(RuntimeError):  # it ended already
-            self.end()
-        self._thread.join(30)
-        assert not self._thread.is_alive()
-
-    async def _main(self) -> None:
-        self.loop, self._end = asyncio.get_running_loop(), asyncio.Event()
-        store = Store.open(self.paths)
-        self.operations, self.events = Operations(store), Events(store)
-        self.sandboxes = PlayedSandboxes(self.operations)
-        nothing = cast(Any, None)
-        services = Services(
-            system=LocalSystem(self.paths.data), sandboxes=self.sandboxes, execs=self.execs, files=self.files,
-            ports=NoPorts(), workspaces=nothing, images=NoImages(), doctor=nothing, stats=LocalStats(),
-            operations=self.operations, events=self.events,
-        )  # fmt: skip
-        try:
-            async with serving(create_app(services), self.socket, ping=0.1):
-                self._ready.set()
-                await self._end.wait()
-                await self.operations.close()
-                self.events.close()
-        finally:
-            store.close()
-
-    def emit(self, kind: str, **data: Any) -> None:
-        """Emit an event from the test's thread."""
-
-        async def do() -> None:
-            self.events.emit(kind, **data)
-
-        asyncio.run_coroutine_threadsafe(do(), self.loop).result(10)
-
-    def client(self) -> httpx.Client:
-        transport = httpx.HTTPTransport(uds=str(self.socket))
-        return httpx.Client(transport=transport, base_url="http://limpet", headers=HEADERS, timeout=20)
-
-
-@contextlib.contextmanager
-def running() -> Iterator[Running]:
-    """A server in a home of its own. Not pytest's tmp_path: its paths are long for a socket."""
-    home = Path(tempfile.mkdtemp(prefix="limpet-api-"))
-    try:
-        with Running(home) as server:
-            yield server
-    finally:
-        shutil.rmtree(home, ignore_errors=True)

@@ -20,7 +20,8 @@ import pytest
 from limpet.api.app import TABLE
 from limpet.api.server import serving
 from limpet.errors import BY_CODE
-from tests.contract.local_services import CHUNK, HEADERS, Running, running
+from tests.contract.local_server import HEADERS, Running, running
+from tests.contract.local_services import CHUNK
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,8 @@ import pytest
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, unix_connect
 
-from tests.contract.local_services import CHUNK, HEADERS, PlayedSession, Running, running
+from tests.contract.local_server import HEADERS, Running, running
+from tests.contract.local_services import CHUNK, PlayedSession
 
 
 @pytest.fixture(scope="module")

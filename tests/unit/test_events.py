@@ -77,6 +77,7 @@ def test_cursor_older_than_what_is_kept_is_told_the_gap(store: Store) -> None:
     assert gap.seq == kept[0].seq - 1
     assert [event.seq for event in kept] == list(range(kept[0].seq, 26))
     assert len(kept) >= 10
+    assert read(events, after=gap.seq - 1)[0].data["from"] == gap.seq  # one that is missing is told, too
     assert read(events, after=gap.seq) == kept  # resuming from the gap's own number goes on after it
     assert read(events, after=None) == kept  # who asks for what is kept has no gap
 

@@ -96,16 +96,22 @@ def test_bounded_wait_ends_in_busy_that_names_the_holder() -> None:
 
 
 @pytest.mark.parametrize(
-    ("first", "second"), [("lifecycle", "workspace"), ("lifecycle", "lifecycle"), ("workspace", "workspace")]
+    ("first", "second", "of"),
+    [
+        ("lifecycle", "workspace", "sb_1"),
+        ("lifecycle", "lifecycle", "sb_1"),
+        ("workspace", "workspace", "sb_1"),
+        ("workspace", "lifecycle", "sb_2"),
+    ],
 )
-def test_wrong_order_is_a_bug_at_once_not_a_deadlock_one_day(first: str, second: str) -> None:
+def test_wrong_order_is_a_bug_at_once_not_a_deadlock_one_day(first: str, second: str, of: str) -> None:
     """VM-11"""
 
     async def main() -> None:
         locks = Locks()
         async with getattr(locks, first)("sb_1", "outer"):
             with pytest.raises(RuntimeError, match=f"{second} asked for while holding {first}"):
-                async with getattr(locks, second)("sb_1", "inner"):
+                async with getattr(locks, second)(of, "inner"):
                     pass
 
     asyncio.run(main())

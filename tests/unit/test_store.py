@@ -194,6 +194,9 @@ def test_migration_that_fails_is_wholly_undone(paths: Paths, monkeypatch: pytest
         patch.setattr(schema, "VERSION", len(broken))
         with pytest.raises(sqlite3.OperationalError):
             Store.open(paths)
+    mended = (*schema.MIGRATIONS, ("ALTER TABLE sandboxes ADD COLUMN later TEXT",))
+    monkeypatch.setattr(schema, "MIGRATIONS", mended)
+    monkeypatch.setattr(schema, "VERSION", len(mended))
     Store.open(paths).close()
 
 
@@ -228,6 +231,26 @@ def test_damaged_database_is_refused_with_a_way_back_and_not_touched(paths: Path
     store = Store.open(paths)
     assert len(store.sandboxes()) == 200
     store.close()
+
+
+def test_damage_after_a_crash_leaves_the_write_ahead_log_alone(paths: Paths, tmp_path: Path) -> None:
+    """What was not yet in the database can still be rescued."""
+    fill(paths)
+    store = Store.open(paths)
+    store.insert_sandbox(record("newest", 999))
+    crashed = Paths(tmp_path / "b" / "data", tmp_path / "b" / "cache", tmp_path / "b" / "run")
+    crashed.make()
+    for suffix in ("", "-wal"):
+        Path(f"{crashed.database}{suffix}").write_bytes(Path(f"{paths.database}{suffix}").read_bytes())
+    store.close()
+    content = crashed.database.read_bytes()
+    crashed.database.write_bytes(content[:8192] + bytes(len(content) - 8192))
+    wal = Path(f"{crashed.database}-wal")
+    before = crashed.database.read_bytes(), wal.read_bytes()
+    assert before[1]
+    with pytest.raises(FailedPrecondition, match="is damaged"):
+        Store.open(crashed)
+    assert (crashed.database.read_bytes(), wal.read_bytes()) == before
 
 
 @pytest.mark.parametrize("how", ["missing", "empty"])

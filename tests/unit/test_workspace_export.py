@@ -132,7 +132,9 @@ def test_split_index_of_the_guest_is_left_alone(guest: LocalGuest, info: Workspa
     assert state(inside) == before
 
 
-def test_edit_in_the_same_second_with_the_same_size_is_seen(guest: LocalGuest, info: WorkspaceInfo, tmp_path: Path) -> None:
+def test_edit_in_the_same_second_with_the_same_size_is_seen(
+    guest: LocalGuest, info: WorkspaceInfo, tmp_path: Path
+) -> None:
     """WS-2: "racy git": the copied index keeps its time, so git looks at the content."""
     inside = Path(info.guest_dir)
     (inside / "readme").write_text("aaaa\n")
@@ -158,10 +160,11 @@ def test_settings_of_the_guest_do_not_change_the_patch(
     script.chmod(0o755)
     for key, value in {
         "diff.external": str(script), "diff.noprefix": "true", "diff.mnemonicPrefix": "true", "diff.renames": "copies",
-        "diff.context": "0", "diff.interHunkContext": "9", "diff.suppressBlankEmpty": "true", "diff.algorithm": "patience",
-        "diff.orderFile": str(script), "diff.x.textconv": str(script), "diff.x.command": str(script), "color.ui": "always",
+        "diff.context": "0", "diff.interHunkContext": "9", "diff.suppressBlankEmpty": "true", "diff.relative": "true",
+        "diff.orderFile": str(script), "diff.x.textconv": str(script), "diff.x.command": str(script),
         "diff.submodule": "log", "diff.srcPrefix": "q/", "core.quotePath": "false", "core.pager": str(script),
-        "core.hooksPath": str(tmp_path), "core.abbrev": "5", "diff.wsErrorHighlight": "all", "diff.relative": "true",
+        "core.hooksPath": str(tmp_path), "core.abbrev": "5", "diff.wsErrorHighlight": "all",
+        "color.ui": "always", "diff.algorithm": "patience",
         "core.fsmonitor": str(script), "core.splitIndex": "true", "color.diff": "always", "diff.colorMoved": "zebra",
     }.items():  # fmt: skip
         guest.git(info, "config", key, value)
@@ -172,7 +175,9 @@ def test_settings_of_the_guest_do_not_change_the_patch(
     git(host, "apply", "--check", str(tmp_path / "pinned"))
 
 
-def test_broken_filter_of_the_guest_is_an_error_not_a_hole(guest: LocalGuest, info: WorkspaceInfo, tmp_path: Path) -> None:
+def test_broken_filter_of_the_guest_is_an_error_not_a_hole(
+    guest: LocalGuest, info: WorkspaceInfo, tmp_path: Path
+) -> None:
     """WS-2"""
     guest.git(info, "config", "filter.bad.clean", "false")
     guest.git(info, "config", "filter.bad.required", "true")
@@ -257,9 +262,11 @@ RAW = b":100644 100644 " + ID + b" " + ID + b" M\0"
 @pytest.mark.parametrize(
     "answer",
     [
-        b"", b"\n", b"hello\n", b"limpet-export 1 ok\n", b"limpet-export 1 ok zz\ndiff\n", b"limpet-export 1 error \xff\nx",
+        b"", b"\n", b"hello\n", b"limpet-export 1 ok\n", b"limpet-export 1 ok zz\ndiff\n",
+        b"limpet-export 1 error \xff\nx",
         OPENING, OPENING + b"\nlimpet-export-end 000", OPENING + RAW + b"f", OPENING + RAW + b"f\0", b"x" * 100_000,
-        OPENING + RAW + b"f\0001\t1\tother\0\0", OPENING + b":nonsense\0\0", OPENING + RAW + b"f\0" + b"9" * 99 + b"\t1\tf\0\0",
+        OPENING + RAW + b"f\0001\t1\tother\0\0", OPENING + b":nonsense\0\0",
+        OPENING + RAW + b"f\0" + b"9" * 99 + b"\t1\tf\0\0",
         OPENING + RAW + b"f\0001\t1\tf\0\0diff --git", OPENING + RAW + b"f\0001\t1\tf\0\0diff\nlimpet-export-end 128\n",
     ],
 )  # fmt: skip

@@ -13,6 +13,7 @@ import pytest
 
 from limpet.errors import AlreadyExists, BadRequest, FailedPrecondition, NotFound, Unavailable
 from limpet.services import workspaces
+from limpet.services.workspaces import check_guest_name, guest_name_for
 from limpet.services.workspaces.repository import without_credentials
 
 from .workspace_kit import (
@@ -53,7 +54,8 @@ def test_clean_repository_arrives_whole_and_its_base_is_head(guest: LocalGuest, 
     assert info.base == git(host, "rev-parse", "HEAD").strip() == info.head
     assert without_git(state(Path(info.guest_dir))) == without_git(state(host))
     assert guest.git(info, "status", "--porcelain") == ""
-    assert guest.git(info, "for-each-ref", "refs/heads", "refs/tags") == git(host, "for-each-ref", "refs/heads", "refs/tags")
+    refs = ("for-each-ref", "refs/heads", "refs/tags")
+    assert guest.git(info, *refs) == git(host, *refs)
     assert guest.git(info, "symbolic-ref", "HEAD").strip() == "refs/heads/main"
     assert guest.git(info, "fsck", "--no-dangling") == ""
     assert info.status == "complete" and info.kind == "git" and info.files == 12
@@ -63,9 +65,8 @@ def test_staged_unstaged_and_untracked_work_arrives_as_it_was(guest: LocalGuest,
     """WS-1: the guest's git tells the same story as the host's, and ignored files stay at home."""
     make_dirty(host)
     info = bring_in(guest, host)
-    assert guest.git(info, "status", "--porcelain=v1", "-z", "-uall") == git(host, "status", "--porcelain=v1", "-z", "-uall")
-    assert guest.git(info, "diff", "--cached") == git(host, "diff", "--cached")
-    assert guest.git(info, "diff") == git(host, "diff")
+    for question in (["status", "--porcelain=v1", "-z", "-uall"], ["diff", "--cached"], ["diff"]):
+        assert guest.git(info, *question) == git(host, *question)
     assert without_git(state(Path(info.guest_dir))) == ignoring(state(host), ".git", "noise.log", "build")
     assert info.base != info.head
     assert guest.git(info, "rev-parse", f"{info.base}^").strip() == info.head
@@ -101,10 +102,9 @@ def test_a_list_of_paths_is_exactly_what_is_copied(guest: LocalGuest, host: Path
     make_dirty(host)
     plan = wait(workspaces.plan_import(host))
     info = bring_in(guest, host)
-    arrived = [path for path in Path(info.guest_dir).rglob("*") if path.is_symlink() or path.is_file()]
-    assert sorted(plan.paths) == sorted(
-        str(path.relative_to(info.guest_dir)) for path in arrived if ".git" not in path.relative_to(info.guest_dir).parts
-    )
+    inside = Path(info.guest_dir)
+    arrived = [str(path.relative_to(inside)) for path in inside.rglob("*") if path.is_symlink() or path.is_file()]
+    assert sorted(plan.paths) == sorted(path for path in arrived if not path.startswith(".git/"))
     assert plan.bytes == info.bytes == sum((host / path).lstat().st_size for path in plan.paths)
 
 
@@ -202,6 +202,8 @@ def test_shallow_clone_stays_a_working_shallow_clone(guest: LocalGuest, host: Pa
 
 def test_stash_and_merge_state_come_along(guest: LocalGuest, host: Path) -> None:
     """WS-1"""
+    git(host, "config", "user.name", "A")
+    git(host, "config", "user.email", "a@b")
     (host / "readme").write_text("stashed\n")
     git(host, "stash", "-q")
     git(host, "checkout", "-qb", "a")
@@ -452,6 +454,18 @@ def test_what_cannot_be_imported_is_refused_in_clear_words(guest: LocalGuest, tm
     for name in ("", ".", "..", ".hidden", "a/b", "a\nb", "-rf", 'a"b'):
         with pytest.raises(BadRequest):
             bring_in(guest, host, name)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("project", "project"), (".dot", "dot"), ('a"b\\c\nd', "a-b-c-d"), ("é" * 150, "é" * 100), ("...", "project")],
+)
+def test_every_directory_has_a_name_in_the_guest(name: str, expected: str) -> None:
+    """WS-1"""
+    given = guest_name_for(Path("/somewhere") / name)
+    assert given == expected
+    check_guest_name(given)
+    check_guest_name(guest_name_for(Path(os.fsdecode(b"/x/\xff\xfe"))))
 
 
 def test_repository_of_another_owner_gets_a_hint(host: Path) -> None:

@@ -35,7 +35,7 @@ class LocalGuest:
         self._config = directory / "gitconfig"
         self._home = directory / "home"
         self._home.mkdir(parents=True)
-        self._config.write_text("[core]\n\tcheckStat = minimal\n\ttrustctime = false\n\tfsync = all\n[safe]\n\tdirectory = *\n")
+        self._config.write_text("[core]\ncheckStat = minimal\ntrustctime = false\nfsync = all\n[safe]\ndirectory = *\n")
 
     def environment(self, extra: Mapping[str, str] | None = None) -> dict[str, str]:
         return {
@@ -70,11 +70,14 @@ class LocalGuest:
                 file.write(chunk)
             file.seek(0)
             with tarfile.open(fileobj=file, mode="r:", errors="surrogateescape", encoding="utf-8") as archive:
-                archive.extractall(path, filter="fully_trusted")
+                # Debian 12's Python 3.11.2 does not know the argument yet; later ones warn without it.
+                known: dict[str, Any] = {"filter": "fully_trusted"} if hasattr(tarfile, "data_filter") else {}
+                archive.extractall(path, **known)
 
     def git(self, info: WorkspaceInfo, *args: str) -> str:
         """git as a person in the sandbox would type it."""
-        done = subprocess.run(["git", *args], cwd=info.guest_dir, env=self.environment(), capture_output=True, check=True)
+        env = self.environment()
+        done = subprocess.run(["git", *args], cwd=info.guest_dir, env=env, capture_output=True, check=True)
         return done.stdout.decode(errors="surrogateescape")
 
 

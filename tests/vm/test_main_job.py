@@ -44,7 +44,7 @@ def tree_hash(directory: Path) -> str:
     digest = hashlib.sha256()
     for path in sorted(directory.rglob("*")):
         content = os.readlink(path).encode() if path.is_symlink() else path.read_bytes() if path.is_file() else b""
-        digest.update(f"{path.relative_to(directory)} {path.lstat().st_mode:o} ".encode() + content)
+        digest.update(os.fsencode(path.relative_to(directory)) + b" %o " % path.lstat().st_mode + content)
     return digest.hexdigest()
 
 

@@ -14,9 +14,10 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocketDisconnect
 
-from limpet import PROTOCOL, log
+from limpet import log
 from limpet.errors import BadRequest, FailedPrecondition, Internal, LimpetError, NotFound
 from limpet.names import new_id
+from limpet.version import PROTOCOL
 
 ANY_PROTOCOL = frozenset({"/v1/status", "/v1/shutdown", "/v1/openapi.json"})  # to find out, and to replace a daemon
 _OP_ID = re.compile(r"op_[0-9a-z]{1,40}")

@@ -9,17 +9,19 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-import limpet
+from limpet import errors
 from limpet.api._endpoint import Answer, Endpoint, Many, Raw, Socket
 from limpet.api.queries import Control, Parameters
 from limpet.models import ExecInfo
+from limpet.version import __version__
 
 _REF = "#/components/schemas/{model}"
+_ABOUT = "Persistent microVM sandboxes for coding agents. One daemon a user, on a Unix socket."
 _ERROR = {
     "type": "object",
     "required": ["code", "message", "hint", "op_id"],
     "properties": {
-        "code": {"enum": sorted(limpet.errors.BY_CODE)},
+        "code": {"enum": sorted(errors.BY_CODE)},
         "message": {"type": "string"},
         "hint": {"type": ["string", "null"]},
         "op_id": {"type": ["string", "null"]},
@@ -42,7 +44,7 @@ def document(table: Sequence[Endpoint | Socket]) -> dict[str, Any]:
         paths.setdefault(line.path, {})[method] = _socket(line) if isinstance(line, Socket) else _endpoint(line)
     return {
         "openapi": "3.1.0",
-        "info": {"title": "limpet", "version": limpet.__version__, "description": limpet.__doc__},
+        "info": {"title": "limpet", "version": __version__, "description": _ABOUT},
         "paths": paths,
         "components": {"schemas": {**schemas.get("$defs", {}), "Error": _ERROR}},
     }

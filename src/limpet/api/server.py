@@ -16,13 +16,14 @@ from typing import Any, cast
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+from websockets.exceptions import InvalidState
 
 from limpet.errors import FailedPrecondition
 
 GRACE = 5.0  # seconds that requests under way get at the end
 PING = 10.0  # seconds between pings on a web socket
 _KEEP_ALIVE = 75  # seconds; longer than any client of ours keeps an idle connection, so that the client closes first
-_MESSAGE_MAX = 1 << 20  # bytes of one web socket message from a client
+_MESSAGE_MAX = 4 << 20  # bytes of one web socket message from a client
 _UCRED = struct.Struct("3i")  # pid, uid, gid: unix(7), SO_PEERCRED
 
 
@@ -51,6 +52,24 @@ class _WebSocket(WebSocketsSansIOProtocol):
         super().connection_lost(exc)
         if hasattr(self, "gone"):
             self.gone.set()
+
+    def shutdown(self) -> None:
+        try:
+            super().shutdown()
+        except InvalidState:  # the client is closing already
+            self.transport.close()
+
+    def schedule_ping(self) -> None:
+        # Evenly. The base class subtracts the last round trip from the interval: a client that was slow to answer once
+        # is then sent pings without a pause, for ever.
+        assert self.ping_interval is not None
+        self.ping_timer = self.loop.call_later(self.ping_interval, self.send_keepalive_ping)
+
+    def send_keepalive_ping(self) -> None:
+        if self.transport.get_write_buffer_size():  # what waits to be written finds out by itself, and pings pile up
+            self.schedule_ping()
+        else:
+            super().send_keepalive_ping()
 
 
 def _refusal(uid: int) -> bytes:

@@ -119,7 +119,7 @@ class CommandLast(TyperCommand):
         ctx.allow_interspersed_args = False
         if "--help" in args[:1] or not args:
             return super().parse_args(ctx, args)
-        rest = self._behind_options(ctx, args)
+        rest = self._behind_options(args)
         head = args[: len(args) - len(rest)]
         if head and head[-1] == "--":
             return super().parse_args(ctx, [*head, "", *rest])
@@ -127,7 +127,7 @@ class CommandLast(TyperCommand):
         if tail[:1] == ["--"]:
             tail = tail[1:]
         elif tail and tail[0].startswith("-"):
-            behind = self._behind_options(ctx, tail)
+            behind = self._behind_options(tail)
             more = tail[: len(tail) - len(behind)]
             head, tail = [*head, *(word for word in more if word != "--")], behind
         return super().parse_args(ctx, [*head, "--", *name, *tail])
@@ -135,6 +135,20 @@ class CommandLast(TyperCommand):
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         return ["[OPTIONS]", "[NAME]", "[--]", "CMD..."]
 
-    def _behind_options(self, ctx: Any, args: list[str]) -> list[str]:
-        rest: list[str] = self.make_parser(ctx).parse_args(args=list(args))[1]
-        return rest
+    def _behind_options(self, args: list[str]) -> list[str]:
+        """What follows the options that stand first, and a `--` behind them."""
+        valued = {opt for param in self.params if not getattr(param, "is_flag", True) for opt in param.opts}
+        index = 0
+        while index < len(args) and args[index].startswith("-") and args[index] != "-":
+            word = args[index]
+            index += 1
+            if word == "--":
+                break
+            index += word in valued or (not word.startswith("--") and _wants_next(word, valued))
+        return args[index:]
+
+
+def _wants_next(cluster: str, valued: set[str]) -> bool:
+    """Whether `-dtu` ends with an option that takes the next word; `-uroot` brings its value along."""
+    position = next((i for i, letter in enumerate(cluster[1:], 1) if f"-{letter}" in valued), None)
+    return position == len(cluster) - 1

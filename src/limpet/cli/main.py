@@ -108,7 +108,7 @@ class LazyGroup(TyperGroup):
 
 def _show_version(value: bool) -> None:
     if value:
-        from limpet import __version__
+        from limpet.version import __version__
 
         print(f"limpet {__version__}")
         raise typer.Exit

@@ -112,7 +112,7 @@ def completion(
 @app.command()
 def version(json: _options.Json = False) -> int:
     """Print the version of this command; `limpet daemon status` tells the daemon's."""
-    from limpet import PROTOCOL, __version__
+    from limpet.version import PROTOCOL, __version__
 
     _output.emit({"version": __version__, "protocol": PROTOCOL}) if json else print(f"limpet {__version__}")
     return 0

@@ -59,7 +59,7 @@ def start(paths: Paths, home: str | None = None) -> int | None:
 def _after_exit(paths: Paths, offset: int) -> None:
     """Our daemon exited: fine when another one won the race, else its last words are the error."""
     message, hint = _last_words(paths.daemon_errors, offset)
-    deadline = time.monotonic() + (_RACE if "another daemon" in message else 0.0)
+    deadline = time.monotonic() + (_RACE if "another limpetd" in message else 0.0)
     while not listening(paths.daemon_socket):
         if time.monotonic() > deadline:
             raise Unavailable(f"the daemon could not start: {message}", hint=hint)

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
 
-from limpet import PROTOCOL
 from limpet.errors import DeadlineExceeded, FailedPrecondition, Internal, LimpetError, Unavailable, from_dict
 from limpet.names import new_id
+from limpet.version import PROTOCOL
 
 Params = Mapping[str, "str | int | float | bool | None"]
 

@@ -27,6 +27,7 @@ __all__ = ["Channel", "Data", "Message", "Stream"]
 _HELLO_PATIENCE = 1.0  # seconds for one attempt; longer ones only when asked for
 _PAUSE = 0.2  # between attempts: the guest has to see that the port was closed
 _FRAMES_PER_TURN = 256
+_SMALL = 4096  # payloads up to here are copied together
 _USELESS = 1 << 16  # frames in a row that belong to no stream
 _HIGH_WATER = 1 << 20  # of bytes that the guest has not read
 _SILENCE = 5.0  # seconds of silence, with streams open, after which the guest is asked whether it lives
@@ -48,6 +49,7 @@ class Channel(asyncio.Protocol):
         self._streams: dict[int, Stream] = {}
         self._next = 1
         self._useless = 0
+        self._small = bytearray()
         self._heard = asyncio.get_running_loop().time()
         self._asked: float | None = None
         self._writable = asyncio.Event()
@@ -118,10 +120,20 @@ class Channel(asyncio.Protocol):
         self._check()
         assert self._transport is not None
         head = frames.header(stream, kind, len(payload))
-        if len(payload) > 4096:
+        if len(payload) > _SMALL:
+            self._flush()
             self._transport.writelines([head, payload])
-        else:
-            self._transport.write(b"".join((head, payload)))
+            return
+        if not self._small:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._small += head
+        self._small += payload
+
+    def _flush(self) -> None:
+        """Small frames of one turn of the loop leave together: the guest wakes up once for them."""
+        if self._small and self._transport is not None:
+            self._transport.write(bytes(self._small))
+            self._small.clear()
 
     async def drained(self) -> None:
         """Wait until the guest has taken most of what was sent."""
@@ -233,6 +245,7 @@ class Channel(asyncio.Protocol):
             return
         self.reason = reason
         self.closed.set()
+        self._small.clear()
         self._writable.set()
         if self._watchdog is not None:
             self._watchdog.cancel()

@@ -76,5 +76,9 @@ def _module_lists(pieces: Pieces) -> dict[str, str]:
         return " ".join(map(str, kernel.load_order(pieces.modules, names)))
 
     booted = set(kernel.load_order(pieces.modules, initramfs.BOOT_MODULES))
-    lists = {"btrfs": files(initramfs.BTRFS_MODULES), "network": files(initramfs.NETWORK_MODULES)}
+    lists = {
+        "later": files(initramfs.LATER_MODULES),
+        "btrfs": files(initramfs.BTRFS_MODULES),
+        "network": files(initramfs.NETWORK_MODULES),
+    }
     return {name: " ".join(m for m in value.split() if Path(m) not in booted) for name, value in lists.items()}

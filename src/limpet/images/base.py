@@ -25,15 +25,13 @@ _DPKG = (
     "path-exclude=/usr/share/doc/*", "path-include=/usr/share/doc/*/copyright",
 )  # fmt: skip
 
-_UUID = "6c696d70-6574-4000-8000-626173652020"  # fixed, as every other input of the file system is
-
 # $1 tar, $2 disk, $3 mount point. A tmpfs: nothing is left behind however this ends, and no file has a strange owner.
 _TO_EXT4 = f"""
 mount -t tmpfs -o mode=0755,size=4g tree "$3"
 tar -C "$3" -xpf "$1" --numeric-owner --xattrs --xattrs-include='*' --exclude='./dev/*'
 truncate -s {SIZE} "$2"
-mke2fs -q -F -t ext4 -L limpet-root -U {_UUID} -m 1 -J size=32 \
-    -E lazy_itable_init=1,lazy_journal_init=1,hash_seed={_UUID},root_owner=0:0 -d "$3" "$2"
+mke2fs -q -F -t ext4 -L limpet-root -m 1 -J size=32 \
+    -E lazy_itable_init=1,lazy_journal_init=1,root_owner=0:0 -d "$3" "$2"
 """
 
 
@@ -44,7 +42,7 @@ def key() -> str:
 
 
 async def build(staging: Path, report: bootstrap.Report, mirror: str | None) -> None:
-    """Make root.raw in the directory `staging`, which may hold a tar that an earlier run finished."""
+    """Make root.raw in the empty directory `staging`."""
     archive = staging / "packages.tar"
     hook = (initramfs.GUEST / "customize.sh").read_text()
     extra = [f"--dpkgopt={option}" for option in _DPKG]
@@ -61,5 +59,5 @@ async def to_ext4(archive: Path, disk: Path) -> None:
     mount_point = disk.with_name("tree")
     mount_point.mkdir(exist_ok=True)
     command = bootstrap.in_namespace(_TO_EXT4, str(archive), str(disk), str(mount_point))
-    await process.run(command, env={"E2FSPROGS_FAKE_TIME": "1"}, timeout=600)
+    await process.run(command, timeout=600)
     mount_point.rmdir()

@@ -56,8 +56,8 @@ def _command(vmlinux: Path, archive: Path, disk: Path) -> list[str]:
     return [
         "qemu-system-x86_64", "-M", "microvm,x-option-roms=off,rtc=on,isa-serial=on", "-accel", "tcg",
         "-cpu", "max,-erms", "-m", "512", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
-        "-serial", "stdio", "-global", "virtio-mmio.force-legacy=false", "-kernel", str(vmlinux), "-initrd", str(archive),
-        "-append", cmdline, "-device", "virtio-blk-device,drive=data",
+        "-serial", "stdio", "-global", "virtio-mmio.force-legacy=false",
+        "-kernel", str(vmlinux), "-initrd", str(archive), "-append", cmdline, "-device", "virtio-blk-device,drive=data",
         # unsafe: a crash throws the whole file away; it is synced before it is published
         "-drive", f"if=none,id=data,format=qcow2,cache=unsafe,file={str(disk).replace(',', ',,')}",
     ]  # fmt: skip

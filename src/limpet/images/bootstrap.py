@@ -38,7 +38,7 @@ def in_namespace(script: str, *arguments: str) -> list[str]:
 async def mmdebstrap(
     target: Path, *, variant: str, include: Sequence[str], report: Report, mirror: str | None, extra: Sequence[str] = ()
 ) -> None:
-    """Write a tar of the suite's packages to `target`. The result is the same for the same packages: times are fixed.
+    """Write a tar of the suite's packages to `target`.
 
     Raises Unavailable with the last lines of output when the packages cannot be had, DeadlineExceeded
     after half an hour."""
@@ -47,7 +47,7 @@ async def mmdebstrap(
     argv += [SUITE, str(target), *([mirror] if mirror else [])]
     tail: deque[str] = deque(maxlen=12)
     # apt warns about, and may fail in, a working directory that the namespace's user cannot read
-    async with process.piped(argv, cwd=Path("/"), env={"SOURCE_DATE_EPOCH": "0"}) as running:
+    async with process.piped(argv, cwd=Path("/")) as running:
         assert running.stderr is not None
         try:
             async with asyncio.timeout(_TIMEOUT):

@@ -14,7 +14,8 @@ from limpet.images.pieces import LOADER, Pieces
 
 GUEST = Path(__file__).parent / "guest"  # the scripts that run in the guest
 
-BOOT_MODULES = ("virtio_mmio", "virtio_blk", "virtio_console", "virtio-rng", "squashfs")
+BOOT_MODULES = ("virtio_mmio", "virtio_blk", "virtio_console", "squashfs")
+LATER_MODULES = ("virtio-rng",)
 BTRFS_MODULES = ("crc32c-intel", "xor", "btrfs")  # crc32c first: btrfs takes the fastest that is there
 NETWORK_MODULES = ("virtio_net",)
 

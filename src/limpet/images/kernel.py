@@ -24,6 +24,9 @@ _XZ = b"\xfd7zXZ\0"
 _ZSTD = b"\x28\xb5\x2f\xfd"
 _ELF = b"\x7fELF"
 
+_SIGNATURE_MARK = b"~Module signature appended~\n"
+_SIGNATURE_INFO = 12  # bytes of struct module_signature
+
 
 async def vmlinux(bzimage: bytes) -> bytes:
     """The ELF kernel inside a bzImage. Raises FailedPrecondition when it is no bzImage or packed in an unknown way."""
@@ -56,6 +59,18 @@ async def _unpack(packed: bytes) -> bytes:
     if packed.startswith(_ELF):
         return packed
     raise FailedPrecondition(f"the kernel is packed in an unknown way (it begins with {packed[:6].hex(' ')})")
+
+
+def unsigned(module: bytes) -> bytes:
+    """A kernel module without the signature that is appended to it (Documentation/admin-guide/module-signing.rst).
+
+    Checking one costs an emulated guest more than loading the module, and proves nothing there: whoever could replace
+    a module could replace the kernel too."""
+    if not module.endswith(_SIGNATURE_MARK):
+        return module
+    # struct module_signature: four bytes of algorithm and kind, two lengths and padding, then the signature's length
+    length = struct.unpack_from(">I", module, len(module) - len(_SIGNATURE_MARK) - 4)[0]
+    return module[: len(module) - len(_SIGNATURE_MARK) - _SIGNATURE_INFO - length]
 
 
 def load_order(modules: Path, names: Sequence[str]) -> list[Path]:

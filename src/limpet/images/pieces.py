@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 
 from limpet import process
 from limpet.errors import Internal
-from limpet.images import bootstrap, keys
+from limpet.images import bootstrap, kernel, keys
 
 PACKAGES = (
     "linux-image-cloud-amd64", "python3.11-minimal", "libpython3.11-stdlib", "libffi8", "libexpat1", "zlib1g",
@@ -77,8 +77,9 @@ class Pieces:
 
 
 def key() -> str:
-    """What the pieces depend on: suite, packages, what is taken of them and how."""
-    return keys.key_of("pieces", bootstrap.SUITE, *PACKAGES, *_TAKE, *_DROP, *_EXTENSIONS, Path(__file__).read_bytes())
+    """What the pieces depend on: which packages, what is taken of them and how; all of it is in these sources."""
+    sources = (__file__, bootstrap.__file__, kernel.__file__)
+    return keys.key_of("pieces", *(Path(source).read_bytes() for source in sources))
 
 
 def load(directory: Path) -> Pieces:
@@ -98,6 +99,8 @@ async def build(staging: Path, report: bootstrap.Report, mirror: str | None) -> 
     modules = staging / "modules" / "lib" / "modules"
     modules.mkdir(parents=True)
     shutil.move(tree / "lib" / "modules" / release, modules / release)
+    for module in modules.rglob("*.ko"):
+        module.write_bytes(kernel.unsigned(module.read_bytes()))
     await process.run(["depmod", "-b", str(staging / "modules"), release], timeout=60)
     report(0.75, "compiling the standard library")
     await _runtime(tree, staging / "runtime")
@@ -172,7 +175,8 @@ async def compile_python(runtime: Path, directory: Path, guest_path: str) -> Non
     The results are never checked against the sources again ("unchecked-hash", PEP 552): the disk is read-only, and
     every check would cost a system call at each import. Raises CommandFailed for a source with a syntax error."""
     command = [str(runtime / "lib" / LOADER), "--library-path", str(runtime / "lib"), str(runtime / "bin" / "python3")]
-    command += ["-ISE", "-m", "compileall", "-q", "--invalidation-mode", "unchecked-hash"]
+    # -B: or the interpreter would store what it imports itself, in the other format, and compileall would skip that
+    command += ["-ISEB", "-m", "compileall", "-q", "--invalidation-mode", "unchecked-hash"]
     await process.run([*command, "-s", str(directory), "-p", guest_path, str(directory)], timeout=300)
 
 

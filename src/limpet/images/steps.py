@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import fcntl
 import functools
 import os
@@ -23,7 +24,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 
 from limpet import durable
-from limpet.errors import LimpetError
+from limpet.errors import InsufficientSpace
 from limpet.images import agent_disk, base, blank, initramfs, kernel, pieces, registry, requirements
 from limpet.images.bootstrap import Report
 from limpet.images.plan import Plan
@@ -69,8 +70,8 @@ class _Setup:
                 group.create_task(self._artifacts())
                 if force or not self._plan.base_is_current():
                     group.create_task(self._base(image_directory))
-        except* LimpetError as errors:
-            raise _first(errors) from None
+        except* Exception as errors:
+            raise _first(errors) from errors
         for kind in ("vmlinux", "initramfs", "agent", "data"):
             _forget_old(self._plan.paths.artifacts, kind)
         return self._done
@@ -169,6 +170,11 @@ def _forget_old(directory: Path, kind: str) -> None:
         old.unlink(missing_ok=True)
 
 
-def _first(group: BaseExceptionGroup[LimpetError]) -> LimpetError:
+def _first(group: ExceptionGroup[Exception]) -> Exception:
+    """What went wrong first, as an error that the user can do something about."""
     error = group.exceptions[0]
-    return _first(error) if isinstance(error, BaseExceptionGroup) else error
+    if isinstance(error, ExceptionGroup):
+        return _first(error)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return InsufficientSpace("no space left for limpet setup", hint="free some space and run it again")
+    return error

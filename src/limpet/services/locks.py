@@ -68,7 +68,7 @@ class Locks:
 
     @contextlib.asynccontextmanager
     async def _hold(self, kind: Kind, sandbox_id: str, what: str, wait: float) -> AsyncIterator[None]:
-        self._check_order(kind, what)
+        self._check_order(kind, sandbox_id, what)
         key = (kind, sandbox_id)
         entry = self._entries.setdefault(key, _Entry())
         entry.users += 1
@@ -85,12 +85,13 @@ class Locks:
             if entry.users == 0:
                 del self._entries[key]
 
-    def _check_order(self, kind: Kind, what: str) -> None:
+    def _check_order(self, kind: Kind, sandbox_id: str, what: str) -> None:
         me = asyncio.current_task()
-        for (held, sandbox_id), entry in self._entries.items():
-            # The one thing allowed while holding anything is lifecycle inside workspace.
-            if entry.holder and entry.holder.task is me and (held, kind) != ("workspace", "lifecycle"):
-                raise RuntimeError(f"{what}: {kind} asked for while holding {held} of {sandbox_id}")
+        for (held, of), entry in self._entries.items():
+            # The one thing allowed while holding anything is lifecycle inside workspace, of the same sandbox.
+            allowed = (held, kind) == ("workspace", "lifecycle") and of == sandbox_id
+            if entry.holder and entry.holder.task is me and not allowed:
+                raise RuntimeError(f"{what}: {kind} asked for while holding {held} of {of}")
 
 
 async def _acquire(entry: _Entry, what: str, wait: float) -> None:

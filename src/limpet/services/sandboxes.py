@@ -75,13 +75,13 @@ class Sandboxes:
         self._host.records.insert(record)
 
         async def work(stages: Stages) -> dict[str, Any]:
-            async with self._host.locks.lifecycle(record.id, "create"):
-                try:
+            try:
+                async with self._host.locks.lifecycle(record.id, f"create of {name}"):
                     await self._create(record, stages, start=request.start)
-                except BaseException as error:
-                    self._forget(record)
-                    self._host.events.emit("sandbox.create_failed", sandbox=record, reason=str(error))
-                    raise
+            except BaseException as error:
+                self._forget(record)
+                self._host.events.emit("sandbox.create_failed", sandbox=record, reason=str(error))
+                raise
             return self._host.view(self._host.records.by_id(record.id)).model_dump(mode="json")
 
         return self._host.operations.start("create", name, work)

@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-import limpet
 from limpet import images
 from limpet.models import PROTOCOL, DaemonStatus, ImageInfo, Operation
 from limpet.services.host import Host
 from limpet.services.operations import Stages
+from limpet.version import __version__
 
 
 class System:
@@ -24,7 +24,7 @@ class System:
         paths = self._host.paths
         return DaemonStatus(
             pid=os.getpid(),
-            version=limpet.__version__,
+            version=__version__,
             protocol=PROTOCOL,
             started_at=self._started,
             data_dir=str(paths.data),

@@ -1,4 +1,4 @@
-"""What happens by the clock: time-outs of sandboxes (VM-16) and the bounds of console logs.
+"""What happens by the clock: time-outs of sandboxes (VM-16), the bounds of console logs, the database's copy.
 
 A time-out belongs to one incarnation: it is looked up in the live VM, so it can never fire at a later one of the same
 name. It stops safely, as `limpet stop` does, and never deletes.
@@ -7,6 +7,7 @@ name. It stops safely, as `limpet stop` does, and never deletes.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 
 from limpet import log
@@ -15,17 +16,23 @@ from limpet.models import StopRequest
 from limpet.services.host import Host
 from limpet.services.live import LiveVM
 from limpet.services.sandboxes import Sandboxes
+from limpet.store import back_up
 from limpet.vmm.logs import trim_log
 
 _PERIOD = 5.0  # seconds
 _CONSOLE_BYTES = 1 << 20
+_DAY = 86_400.0
 
 _log = log.get("timers")
 
 
 async def run(host: Host, sandboxes: Sandboxes) -> None:
-    """Look around every few seconds, for ever."""
+    """Look around every few seconds, for ever; copy the database once a day."""
+    copied = -math.inf
     while True:
+        if time.monotonic() - copied > _DAY:
+            copied = time.monotonic()
+            await asyncio.to_thread(back_up, host.paths)
         await asyncio.sleep(_PERIOD)
         for vm in host.live:
             for path in (vm.files.console_log, vm.files.qemu_log):

@@ -59,16 +59,15 @@ class GuestShell:
         finally:
             if not ended:
                 with contextlib.suppress(LimpetError):
-                    await command.signal("KILL")
+                    await command.signal("TERM")  # its traps clean up
             await command.detach()
 
 
 def _partial(plan: workspaces.ImportPlan) -> WorkspaceInfo:
     """The record of an import that has begun."""
-    name = plan.top.name if plan.top.name.isprintable() else ""
     return WorkspaceInfo(
         host_dir=str(plan.top),
-        guest_dir=f"{workspaces.ROOT}/{name.lstrip('.-') or 'project'}",
+        guest_dir=f"{workspaces.ROOT}/{workspaces.guest_name_for(plan.top)}",
         status="partial",
         kind=plan.kind,
         files=plan.files,
@@ -104,10 +103,8 @@ class Workspaces:
         async with stages.run("read"):
             plan = await workspaces.plan_import(request.host_dir, request.untracked)
         began = _partial(plan)
-        if record.workspace and record.workspace.host_dir != began.host_dir:
-            raise FailedPrecondition(
-                f"{record.name} already has the workspace of {record.workspace.host_dir}", hint="use another sandbox"
-            )
+        if record.workspace is not None and not request.replace:
+            await self._check_nothing_is_lost(record, began.host_dir)
         self._host.records.update(record.id, workspace=began)
         async with stages.run("copy") as stage, self._host.live.guest(record.id, record.name) as agent:
 
@@ -120,6 +117,23 @@ class Workspaces:
         self._host.records.update(record.id, workspace=info)
         self._host.events.emit("workspace.imported", sandbox=record, host_dir=info.host_dir, files=info.files)
         return ImportResult(workspace=info, files=info.files, bytes=info.bytes, warnings=plan.warnings)
+
+    async def _check_nothing_is_lost(self, record: SandboxRecord, host_dir: str) -> None:
+        """Refuse to replace a workspace whose work has not been taken back. Raises FailedPrecondition."""
+        info = record.workspace
+        if info is None or info.status != "complete":
+            return
+        if info.host_dir != host_dir:
+            raise FailedPrecondition(
+                f"{record.name} already has the workspace of {info.host_dir}", hint="use another sandbox, or --replace"
+            )
+        async with self._host.live.guest(record.id, record.name) as agent:
+            found = await workspaces.changes(GuestShell(agent), info, None)
+        if found.changes:
+            raise FailedPrecondition(
+                f"{record.name} has {len(found.changes)} changed files that an import would replace",
+                hint=f"limpet apply {record.name} first, or import with --replace",
+            )
 
     async def changes(self, name: str, base: str | None) -> Changes:
         record, info = self._complete(name)
@@ -147,8 +161,16 @@ class Workspaces:
                 file.flush()
                 changes = await workspaces.apply(Path(file.name), target, check=request.check)
         if not request.check:
+            await self._note_applied(record, info, target)
             self._host.events.emit("workspace.applied", sandbox=record, host_dir=str(target), files=len(changes))
         return ApplyResult(host_dir=str(target), base=patch.base, changes=changes, applied=not request.check)
+
+    async def _note_applied(self, record: SandboxRecord, info: WorkspaceInfo, target: Path) -> None:
+        """What we ourselves wrote to the host directory is no drift."""
+        if str(target.resolve()) != info.host_dir:
+            return
+        plan = await workspaces.plan_import(info.host_dir, not (info.fingerprint or "").startswith("u0"))
+        self._host.records.update(record.id, workspace=info.model_copy(update={"fingerprint": plan.fingerprint}))
 
     async def drift(self, name: str) -> Drift:
         """Whether the host directory changed since the import (WS-6)."""

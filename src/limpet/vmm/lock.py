@@ -28,7 +28,7 @@ def held(lock: Path) -> bool:
     except FileNotFoundError:
         return False
     try:
-        return not _try_lock(fd, fcntl.LOCK_SH)
+        return not try_lock(fd, fcntl.LOCK_SH)
     finally:
         os.close(fd)
 
@@ -40,7 +40,7 @@ def taken(lock: Path) -> Iterator[int]:
     fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         deadline = time.monotonic() + _PATIENCE
-        while not _try_lock(fd, fcntl.LOCK_EX):
+        while not try_lock(fd, fcntl.LOCK_EX):
             if time.monotonic() > deadline:
                 raise Busy(f"a machine is already running on {lock.parent}", hint="stop or kill it first")
             time.sleep(0.005)
@@ -80,7 +80,8 @@ async def gone(ref: process.ProcessRef, timeout: float | None) -> None:
         os.close(fd)
 
 
-def _try_lock(fd: int, kind: int) -> bool:
+def try_lock(fd: int, kind: int) -> bool:
+    """flock(2) `fd` as LOCK_SH or LOCK_EX without waiting; whether that worked."""
     try:
         fcntl.flock(fd, kind | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -95,8 +96,8 @@ def _processes() -> list[int]:
 
 def _has_open(pid: int, wanted: os.stat_result) -> bool:
     with contextlib.suppress(OSError):
-        for fd in os.scandir(f"/proc/{pid}/fd"):
+        for entry in list(Path(f"/proc/{pid}/fd").iterdir()):
             with contextlib.suppress(OSError):
-                if os.path.samestat(fd.stat(), wanted):
+                if os.path.samestat(entry.stat(), wanted):
                     return True
     return False

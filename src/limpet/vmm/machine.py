@@ -1,6 +1,6 @@
 """One running QEMU: launched or adopted, talked to, measured, ended.
 
-    launch:  lock vm.lock → listen on both sockets → passt → QEMU, which inherits all of these → QMP greeting
+    launch:  kernel → lock vm.lock → listen on both sockets → gate, passt → QEMU, which inherits it all → QMP greeting
     adopt:   vm.lock held? → same process (pid and start time)? → QMP greeting, same uuid?
 
 A crash of ours between any two steps of `launch` leaves at most stale socket files: whatever QEMU did not inherit the
@@ -22,7 +22,7 @@ from typing import Any, Literal
 from limpet import log, process
 from limpet.errors import BadRequest, DeadlineExceeded, LimpetError, Unavailable
 from limpet.process import ProcessRef
-from limpet.vmm import lock, network
+from limpet.vmm import kernel, lock, network
 from limpet.vmm.command import Accel, Descriptors, MachineSpec, command_line
 from limpet.vmm.death import launch_error, mark_start
 from limpet.vmm.handles import Handles
@@ -53,16 +53,17 @@ class Machine:
         FailedPrecondition when it refuses the disks, the memory or the accelerator. On failure nothing is left."""
         mark_start(spec.console_log)
         log_start = mark_start(spec.qemu_log)
-        with lock.taken(spec.lock) as lock_fd:
-            children, handles = _spawn(spec, lock_fd)
-        try:
-            control = await _first_greeting(spec.qmp_socket, handles.qemu, timeout)
-            _require_network(children)
-        except BaseException as error:
-            status = await asyncio.shield(_destroy(children))
-            if isinstance(error, LimpetError):
-                raise launch_error(error, status, spec.qemu_log, log_start) from error
-            raise
+        async with kernel.lent(spec.kernel) as kernel_fd:
+            with lock.taken(spec.lock) as lock_fd:
+                children, handles = _spawn(spec, lock_fd, kernel_fd)
+            try:
+                control = await _first_greeting(spec.qmp_socket, handles.qemu, timeout)
+                _require_network(children)
+            except BaseException as error:
+                status = await asyncio.shield(_destroy(children))
+                if isinstance(error, LimpetError):
+                    raise launch_error(error, status, spec.qemu_log, log_start) from error
+                raise
         _log.info("machine launched", machine=spec.name, pid=handles.qemu.pid, accel=spec.accel)
         return cls(handles, control, children)
 
@@ -171,13 +172,13 @@ class Machine:
         self._children = ()
 
 
-def _spawn(spec: MachineSpec, lock_fd: int) -> tuple[tuple[process.Child, ...], Handles]:
+def _spawn(spec: MachineSpec, lock_fd: int, kernel_fd: int) -> tuple[tuple[process.Child, ...], Handles]:
     with contextlib.ExitStack() as stack:
         qmp_fd = stack.enter_context(_listening(spec.qmp_socket))
         channel_fd = stack.enter_context(_listening(spec.channel_socket))
         link = stack.enter_context(network.connected(spec.network, spec.qemu_log)) if spec.network else None
-        inherited = Descriptors(qmp_fd, channel_fd, link.fd if link else None)
-        keep = [lock_fd, qmp_fd, channel_fd, *([link.fd] if link else [])]
+        inherited = Descriptors(kernel_fd, qmp_fd, channel_fd, link.fd if link else None)
+        keep = [lock_fd, kernel_fd, qmp_fd, channel_fd, *([link.fd] if link else [])]
         qemu = process.spawn_detached(command_line(spec, inherited), log=spec.qemu_log, pass_fds=keep)
     helpers = link.helpers if link else ()
     return (qemu, *helpers), Handles.of(spec, _reference(qemu), tuple(map(_reference, helpers)))

@@ -7,7 +7,7 @@ import contextlib
 import os
 import posixpath
 import stat
-from collections.abc import AsyncIterable, AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -19,7 +19,7 @@ from limpet.models import FileInfo, Unpacked
 if TYPE_CHECKING:
     from limpet.client._async.sandboxes import AsyncSandbox
 
-Source = bytes | str | BinaryIO | Iterable[bytes] | AsyncIterable[bytes]
+Source = bytes | str | BinaryIO | Iterable[bytes] | AsyncIterator[bytes]
 
 
 class AsyncFiles:

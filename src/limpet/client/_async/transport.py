@@ -30,6 +30,7 @@ class AsyncTransport:
         self.paths = limpet_paths.discover(self.home)
         self.timeout, self.autostart = timeout, autostart
         self._http: httpx.AsyncClient | None = None
+        self._met = False  # whether the daemon was seen to listen
 
     def http(self) -> httpx.AsyncClient:
         """The HTTP client, made when first needed: its import takes longer than a request."""
@@ -86,11 +87,16 @@ class AsyncTransport:
     ) -> httpx.Response:
         import httpx
 
+        if not self._met and not _daemon.listening(self.paths.daemon_socket):
+            if not self.autostart:
+                raise httpx.ConnectError("nobody listens")
+            await self.start_daemon()
+        self._met = True
         http = self.http()
         request = http.build_request(method, target, content=content, headers=headers, timeout=timeout)
         try:
             return await http.send(request, stream=True)
-        except httpx.ConnectError:  # nobody listens: nothing of the body was taken yet
+        except httpx.ConnectError:  # it ended since: nothing of the body was taken yet
             if not self.autostart:
                 raise
         await self.start_daemon()

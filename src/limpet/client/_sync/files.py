@@ -20,7 +20,7 @@ from limpet.models import FileInfo, Unpacked
 if TYPE_CHECKING:
     from limpet.client._sync.sandboxes import Sandbox
 
-Source = bytes | str | BinaryIO | Iterable[bytes] | Iterable[bytes]
+Source = bytes | str | BinaryIO | Iterable[bytes] | Iterator[bytes]
 
 
 class Files:

@@ -31,6 +31,7 @@ class Transport:
         self.paths = limpet_paths.discover(self.home)
         self.timeout, self.autostart = timeout, autostart
         self._http: httpx.Client | None = None
+        self._met = False  # whether the daemon was seen to listen
 
     def http(self) -> httpx.Client:
         """The HTTP client, made when first needed: its import takes longer than a request."""
@@ -87,11 +88,16 @@ class Transport:
     ) -> httpx.Response:
         import httpx
 
+        if not self._met and not _daemon.listening(self.paths.daemon_socket):
+            if not self.autostart:
+                raise httpx.ConnectError("nobody listens")
+            self.start_daemon()
+        self._met = True
         http = self.http()
         request = http.build_request(method, target, content=content, headers=headers, timeout=timeout)
         try:
             return http.send(request, stream=True)
-        except httpx.ConnectError:  # nobody listens: nothing of the body was taken yet
+        except httpx.ConnectError:  # it ended since: nothing of the body was taken yet
             if not self.autostart:
                 raise
         self.start_daemon()

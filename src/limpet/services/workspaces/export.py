@@ -45,7 +45,11 @@ unset GIT_EXTERNAL_DIFF GIT_DIFF_OPTS GIT_CONFIG_COUNT
 unset GIT_LITERAL_PATHSPECS GIT_GLOB_PATHSPECS GIT_NOGLOB_PATHSPECS GIT_ICASE_PATHSPECS
 cd -- "$1" 2>/dev/null || fail no-tree
 [ -d "$2" ] || fail no-git
-t=$(mktemp -d "${{TMPDIR:-/tmp}}/limpet-export.XXXXXX") && mkdir "$t/objects" || {{ t=; fail no-space; }}
+for old in "${{TMPDIR:-/tmp}}"/limpet-export.*; do  # of exports that were killed
+  [ ! -d "$old" ] || [ -d "/proc/${{old##*.}}" ] || rm -rf "$old"
+done
+mkdir -m 700 "${{TMPDIR:-/tmp}}/limpet-export.$$" "${{TMPDIR:-/tmp}}/limpet-export.$$/objects" || fail no-space
+t=${{TMPDIR:-/tmp}}/limpet-export.$$
 export LC_ALL=C.UTF-8 GIT_DIR="$2" GIT_WORK_TREE="$1" GIT_OPTIONAL_LOCKS=0
 base=$(git rev-parse -q --verify "$3^{{commit}}" 2>"$t/err") || fail no-base
 [ ! -f "$2/index" ] || cp -p "$2/index" "$t/index" 2>"$t/err" || fail no-space

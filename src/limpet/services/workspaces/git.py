@@ -21,7 +21,7 @@ TIMEOUT = 600.0  # seconds for one git command on the host
 _PINS = (
     "core.hooksPath=/dev/null", "core.fsmonitor=false", "core.fsync=none", "core.splitIndex=false",
     "core.untrackedCache=false", "core.safecrlf=false", "core.attributesFile=/dev/null", "core.checkStat=default",
-    "core.protectHFS=true", "core.protectNTFS=true", "core.looseCompression=1", "protocol.allow=never", "gc.auto=0",
+    "core.protectHFS=true", "core.protectNTFS=true", "core.compression=1", "protocol.allow=never", "gc.auto=0",
     "apply.ignoreWhitespace=no", "apply.whitespace=nowarn", "advice.addEmbeddedRepo=false",
 )  # fmt: skip
 
@@ -44,10 +44,11 @@ class Git:
     index: Path | None = None
     alternates: tuple[Path, ...] = ()
     excludes: Path | None = None
+    settings: tuple[str, ...] = ()  # more configuration, as key=value
 
     async def __call__(self, *args: str, input: bytes | None = None, check: bool = True) -> process.Completed:
         """Run `git ARGS` in the work tree. Raises GitFailed (when `check`), FailedPrecondition for unreadable files."""
-        pins = [*_PINS, f"core.excludesFile={self.excludes or '/dev/null'}"]
+        pins = [*_PINS, *self.settings, f"core.excludesFile={self.excludes or '/dev/null'}"]
         argv = ["git", *(word for pin in pins for word in ("-c", pin)), *args]
         done = await process.run(
             argv, input=input, cwd=self.work_tree, env=self._env(), timeout=TIMEOUT, check=False

@@ -147,22 +147,26 @@ def _perform(top: Path, stage: Path, steps: Sequence[Step]) -> None:
 
 
 def _dress(top: Path, stage: Path, step: Step) -> None:
-    """Give a new file the owner and the permissions of the one that it replaces; git decides only about executable."""
+    """Give a new file the owner and permissions of the one that it replaces, or such as its directory suggests.
+
+    git decides only about executable; the umask is the daemon's and says nothing about what the user wants."""
     if not step.new:
         return
     path, target = stage / "new" / step.path, top / step.path
     fresh = path.lstat()
     before = target.lstat() if step.old else None
-    if before is not None and stat.S_ISREG(before.st_mode) and stat.S_ISREG(fresh.st_mode):
-        mode = stat.S_IMODE(before.st_mode) & ~0o111 & 0o777
+    around = _nearest(target.parent).stat()
+    if stat.S_ISREG(fresh.st_mode):
+        like = before if before is not None and stat.S_ISREG(before.st_mode) else around
+        mode = stat.S_IMODE(like.st_mode) & 0o666
         path.chmod(mode | (mode & 0o444) >> 2 if fresh.st_mode & 0o100 else mode)
     if os.geteuid() == 0:
-        owner = before or _nearest(target.parent).stat()
+        owner = before or around
         os.chown(path, owner.st_uid, owner.st_gid, follow_symlinks=False)
 
 
 def _make_parents(target: Path) -> list[Path]:
-    """Make the missing directories above `target`, with the owner of the one that they are in; returns them."""
+    """Make the missing directories above `target`, with owner and mode of the one that they are in; returns them."""
     missing = []
     directory = target.parent
     while not os.path.lexists(directory):
@@ -171,6 +175,7 @@ def _make_parents(target: Path) -> list[Path]:
     owner = directory.stat()
     for each in reversed(missing):
         each.mkdir()
+        each.chmod(stat.S_IMODE(owner.st_mode) & 0o777)
         if os.geteuid() == 0:
             os.chown(each, owner.st_uid, owner.st_gid)
     return missing

@@ -6,6 +6,7 @@ modification time: git takes a file as unchanged when its time is older than the
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 from collections.abc import Iterable
@@ -113,7 +114,9 @@ class StagedGit:
         if gone := [*plan.links, *plan.missing]:
             await tool("update-index", "--force-remove", "-z", "--stdin", input=git.joined(gone))
         names = git.joined([entry.path for entry in plan.entries if _in_base(plan, entry)])
-        await tool("update-index", "--add", "--replace", "-z", "--stdin", input=names)
+        # Straight into one pack (what git does with "big" files): thousands of loose objects are slow to make.
+        packing = dataclasses.replace(tool, settings=("core.bigFileThreshold=1",))
+        await packing("update-index", "--add", "--replace", "-z", "--stdin", input=names)
         tree = git.one_line((await tool("write-tree", "--missing-ok")).stdout)
         head = self.repository.head if self.repository else None
         if head is not None:

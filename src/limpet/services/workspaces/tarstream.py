@@ -23,6 +23,7 @@ class Member:
     name: bytes
     source: bytes
     entry: Entry | None = None  # what it must still be
+    mode: int | None = None  # permissions there, when not those here
 
 
 async def chunked(blocks: Iterator[bytes]) -> AsyncIterator[bytes]:
@@ -94,6 +95,8 @@ def _tar_file(member: Member) -> Iterator[bytes]:
 def _header(member: Member, found: os.stat_result, kind: bytes, size: int) -> tarfile.TarInfo:
     header = tarfile.TarInfo(os.fsdecode(member.name))
     header.type, header.size, header.mode = kind, size, stat.S_IMODE(found.st_mode) & 0o777
+    if member.mode is not None:
+        header.mode = member.mode
     header.mtime = int(found.st_mtime)  # whole seconds: what git compares there (core.checkStat=minimal)
     return header
 

@@ -116,6 +116,12 @@ def check_guest_name(name: str) -> None:
         raise BadRequest(f"{name!r} cannot be a workspace's name", hint="use letters, digits, '.', '_' and '-'")
 
 
+def guest_name_for(top: Path) -> str:
+    """The name in the guest for a host directory: its own, with what may not be in one replaced by '-'."""
+    name = "".join(char if char.isprintable() and char not in '/"\\' else "-" for char in top.name)
+    return name.lstrip(".-").encode()[:200].decode(errors="ignore") or "project"
+
+
 def git_directory(info: WorkspaceInfo) -> str:
     """Where the guest keeps the git directory of a workspace."""
     place = PurePosixPath(info.guest_dir)
@@ -197,11 +203,13 @@ def _parents(path: bytes) -> Iterator[bytes]:
 
 
 def _git_members(staged: StagedGit, prefix: bytes) -> Iterator[Member]:
-    yield Member(prefix, os.fsencode(staged.path))
+    """The git directory, with the modes that git gives, whatever our umask is."""
+    yield Member(prefix, os.fsencode(staged.path), mode=0o755)
     for path in sorted(staged.path.rglob("*")):
-        yield Member(prefix + b"/" + os.fsencode(path.relative_to(staged.path)), os.fsencode(path))
+        name = prefix + b"/" + os.fsencode(path.relative_to(staged.path))
+        yield Member(name, os.fsencode(path), mode=0o755 if path.is_dir() else 0o644)
     for path in staged.borrowed_packs():
-        yield Member(prefix + b"/objects/pack/" + os.fsencode(path.name), os.fsencode(path))
+        yield Member(prefix + b"/objects/pack/" + os.fsencode(path.name), os.fsencode(path), mode=0o444)
 
 
 def _verify_unchanged(plan: ImportPlan) -> None:
