@@ -7,6 +7,7 @@ A process is known by (pid, start time): a reused pid never matches.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import os
 import shutil
@@ -209,6 +210,13 @@ def spawn_detached(
 def disown(child: Child) -> None:
     """Forget a detached child that runs on. It stays known here only to be reaped when a later one is disowned."""
     _disowned[:] = [known for known in [*_disowned, child] if known.poll() is None]
+
+
+@atexit.register
+def _leave_running() -> None:
+    for child in _disowned:
+        if child.poll() is None:
+            child.returncode = 0  # meant to outlive us: Popen must not warn of it
 
 
 async def _reap(process: asyncio.subprocess.Process) -> None:

@@ -96,9 +96,12 @@ class Execs(Owner):
         self, command: Command, plan: spawn.Plan, pid: int, reader: int,
         done: Callable[[Command], None], failed: Callable[[Fault], None],
     ) -> None:  # fmt: skip
+        report = bytearray()
+
         def spoke(_events: int) -> None:
             try:
-                report = os.read(reader, 8192)
+                while piece := os.read(reader, 8192):
+                    report.extend(piece)
             except BlockingIOError:
                 return
             self.loop.unwatch(reader)
@@ -106,7 +109,7 @@ class Execs(Owner):
             if report:
                 os.waitpid(pid, 0)  # it is about to end
                 self._abandon(command)
-                failed(spawn.explain(report, plan))
+                failed(spawn.explain(bytes(report), plan))
             else:
                 command.begin(pid, child=True)
                 self.keeper.keep(command)  # before anybody is told that it runs

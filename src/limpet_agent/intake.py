@@ -22,15 +22,20 @@ class Intake:
         self._path = path
         self._fd = -1
 
-    def fetch(self, payload: bytes) -> memoryview:
-        """The bytes that a REF stands for. Raises Fault when the disk cannot be read or the bytes are not those."""
+    @staticmethod
+    def buffer() -> mmap.mmap:
+        """Page-aligned memory for `fetch`. Use it again: under emulation, new pages cost more than what fills them."""
+        return mmap.mmap(-1, frames.MAX_PAYLOAD)
+
+    def fetch(self, payload: bytes, buffer: mmap.mmap) -> memoryview:
+        """The bytes that a REF stands for, in `buffer`. Raises Fault when the disk cannot be read or the bytes are
+        not those."""
         offset, length, checksum = frames.reference(payload)
         if offset % BLOCK:
             raise Fault("bad_request", "REF is not aligned")
-        buffer = mmap.mmap(-1, -(-length // BLOCK) * BLOCK)  # page-aligned; freed with the last view
         view = memoryview(buffer)
         try:
-            got = os.preadv(self._descriptor(), [view], offset)
+            got = os.preadv(self._descriptor(), [view[: -(-length // BLOCK) * BLOCK]], offset)
         except OSError as error:
             raise from_os(error, "intake disk") from None
         if got < length or zlib.crc32(view[:length]) != checksum:

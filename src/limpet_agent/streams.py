@@ -15,8 +15,10 @@ from limpet_agent.faults import Fault, Gone
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from mmap import mmap
     from typing import Any
 
+    from limpet_agent.intake import Intake
     from limpet_agent.links import Link
 
     Opened = Callable[["Stream", dict[str, Any]], None]
@@ -94,8 +96,13 @@ class Stream:
             self._queued += len(payload)
             self._mux.ready(self)
 
+    def intake(self) -> Intake:
+        """The intake disk."""
+        return self._mux.intake()
+
     def _resolve(self, charge: int, payload: bytes) -> None:
-        self.on_data(charge, self._mux.intake().fetch(payload))
+        intake = self._mux.intake()
+        self.on_data(charge, bytes(intake.fetch(payload, intake.buffer())))
 
     def next_frame(self) -> tuple[int, bytes | memoryview] | None:
         """What to send now, as the credit allows. For the mux only."""
@@ -150,7 +157,7 @@ class Stream:
 class Mux:
     """All streams of one session. `opened(stream, parameters)` starts the operation that an OPEN asks for."""
 
-    def __init__(self, link: Link, opened: Opened, intake: Callable[[], Any], log: Callable[..., None]) -> None:
+    def __init__(self, link: Link, opened: Opened, intake: Callable[[], Intake], log: Callable[..., None]) -> None:
         self._link = link
         self._opened = opened
         self._log = log
@@ -312,6 +319,7 @@ class Worker:
         self._wake = wake  # a lock used as a binary semaphore: released by the loop, acquired by the thread
         self._inbox: deque[tuple[int, int, bytes]] = deque()
         self._owed = 0
+        self._buffer: mmap | None = None
         self._posted = 0  # counted by the thread
         self._queued = 0  # counted by the loop
         stream.on_data = lambda charge, data: self._arrived(charge, frames.DATA, data)
@@ -329,7 +337,12 @@ class Worker:
             self._wake.acquire()
         charge, kind, data = self._inbox.popleft()
         self._owed = charge
-        return self._stream._mux.intake().fetch(data) if kind == frames.REF else data
+        if kind != frames.REF:
+            return data
+        intake = self._stream.intake()
+        if self._buffer is None:
+            self._buffer = intake.buffer()
+        return intake.fetch(data, self._buffer)
 
     def send(self, data: bytes | memoryview) -> None:
         """Queue at most one frame of bytes (not to be changed afterwards); waits while the host is behind.

@@ -18,7 +18,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from limpet.api.door import LaneName
 from limpet.errors import AlreadyExists, FailedPrecondition, NotFound, nearest
@@ -167,6 +167,7 @@ class LocalSession:
         chunks: asyncio.Queue[ExecEvent | None] = asyncio.Queue(4)
         sources = [self._terminal(chunks)] if self._request.tty else [self._pipe(1, chunks), self._pipe(2, chunks)]
         tasks = [asyncio.ensure_future(source) for source in sources]
+        waiting = asyncio.ensure_future(self.wait())
         try:
             left = len(tasks)
             while left:
@@ -175,9 +176,9 @@ class LocalSession:
                     left -= 1
                 else:
                     yield event
-            yield Exit(await self.wait())
+            yield Exit(await waiting)
         finally:
-            for task in tasks:
+            for task in (*tasks, waiting):
                 task.cancel()
 
     async def _pipe(self, lane: Any, chunks: asyncio.Queue[ExecEvent | None]) -> None:
@@ -295,11 +296,12 @@ class LocalExecs:
     async def output(self, name: str, exec_id: str, lane: LaneName, offset: int) -> AsyncIterator[bytes]:
         raise NotFound("nothing is kept here")
 
-    def end(self) -> None:
+    async def end(self) -> None:
         for session in self.sessions.values():
-            with contextlib.suppress(ProcessLookupError):
-                if session.process.returncode is None:
-                    os.killpg(session.process.pid, signal.SIGKILL)
+            if session.process.returncode is None:
+                os.killpg(session.process.pid, signal.SIGKILL)
+            cast(Any, session.process)._transport.close()  # or else asyncio complains of what nobody read
+            await session.process.wait()
 
 
 class GuestFiles(DirectoryFiles):

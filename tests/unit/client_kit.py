@@ -183,7 +183,7 @@ class StandIn:
                 await self.operations.close()
                 self.events.close()
         finally:
-            self.local_execs.end()
+            await self.local_execs.end()
             store.close()
 
     def emit(self, kind: str, **data: Any) -> None:

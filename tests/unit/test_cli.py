@@ -151,7 +151,7 @@ def read_until(file: IO[bytes] | None, wanted: bytes) -> bytes:
 
 def test_first_ctrl_c_goes_to_the_command(daemon: StandIn) -> None:
     with daemon.popen(
-        "exec", "web", "--", "sh", "-c", "trap 'echo got it; exit 9' INT; echo up; sleep 60 & wait"
+        "exec", "web", "--", "sh", "-c", "trap 'echo got it; exit 9' INT; echo up; while :; do sleep 0.1; done"
     ) as process:
         read_until(process.stdout, b"up")
         process.send_signal(signal.SIGINT)

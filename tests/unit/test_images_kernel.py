@@ -68,6 +68,33 @@ def test_signature_of_a_module_is_taken_off_and_nothing_else() -> None:
     signed = module + signature + info + b"~Module signature appended~\n"
     assert kernel.unsigned(signed) == module
     assert kernel.unsigned(module) == module
+    assert kernel.lean(module) == module  # too short to be an ELF file of 64 bits
+
+
+def elf_with_sections(*names: bytes) -> bytes:
+    """An ELF file with allocated, empty sections of these names; the last section is the table of names."""
+    table, names_at = 64, 64 + 64 * (len(names) + 1)
+    strings = b"\0" + b"\0".join((*names, b".shstrtab")) + b"\0"
+    headers = b""
+    for name in (*names, b".shstrtab"):
+        headers += struct.pack("<IIQQQQIIQQ", strings.index(name + b"\0"), 1, 2, 0, names_at, len(strings), 0, 0, 1, 0)
+    ident = b"\x7fELF\x02\x01\x01" + bytes(9)
+    counts = (64, 0, 0, 64, len(names) + 1, len(names))
+    return ident + struct.pack("<HHIQQQIHHHHHH", 1, 62, 1, 0, 0, table, 0, *counts) + headers + strings
+
+
+def test_slow_sections_of_a_module_are_hidden_and_all_others_stay_as_they_are() -> None:
+    module = elf_with_sections(b".text", b".BTF", b".rela.orc_unwind_ip", b".orc_unwind_ip", b".data")
+    lean = kernel.lean(module)
+    assert len(lean) == len(module)
+    headers = [lean[64 + 64 * n : 128 + 64 * n] for n in range(6)]
+    originals = [module[64 + 64 * n : 128 + 64 * n] for n in range(6)]
+    hidden = [n for n in range(6) if headers[n] != originals[n]]
+    assert hidden == [1, 3]
+    for n in hidden:
+        name, flags = struct.unpack_from("<I4xQ", headers[n])
+        assert (name, flags) == (0, 0)
+    assert lean[64 * 7 :] == module[64 * 7 :]
 
 
 def test_modules_come_after_everything_they_need_and_only_once(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import hashlib
 import http.client
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -127,6 +128,29 @@ def test_a_published_port_reaches_the_guests_loopback_from_the_hosts_loopback_on
             http.client.HTTPConnection("127.0.0.1", port.host, timeout=5).request("GET", "/")
     finally:
         server.signal("KILL")
+
+
+def test_the_guest_has_a_network_but_no_way_to_the_host(client: Client) -> None:
+    """Item 8: an address, a route and a resolver; but no name for this host leads to a service on it."""
+    with socket.create_server(("127.0.0.1", 0)) as local, socket.create_server(("0.0.0.0", 0)) as anywhere:
+        own = subprocess.run(["hostname", "-I"], capture_output=True, text=True, check=True).stdout.split()
+        addresses = ["10.0.2.2", "10.0.2.3", "127.0.0.1", "0.0.0.0", *(a for a in own if ":" not in a)]
+        ports = [s.getsockname()[1] for s in (local, anywhere)]
+        script = (
+            "import socket, sys\n"
+            f"for address in {addresses!r}:\n"
+            f"    for port in {ports!r}:\n"
+            "        try:\n"
+            "            socket.create_connection((address, port), 1.5)\n"
+            "            print('reached', address, port)\n"
+            "        except OSError:\n"
+            "            pass\n"
+        )
+        with client.sandboxes.create("networked", memory_mib=512, ephemeral=True, network="user") as s:
+            assert "10.0.2.15/24" in s.exec(["ip", "-4", "address"], cwd="/").text
+            assert "default via 10.0.2.2" in s.exec(["ip", "route"], cwd="/").text
+            assert "nameserver 10.0.2.3" in s.exec(["cat", "/etc/resolv.conf"], cwd="/").text
+            assert s.exec(["python3", "-c", script], cwd="/", timeout=120).check().text == ""
 
 
 def test_system_information_and_clock_are_right(sandbox: Sandbox) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from limpet import Client
+from limpet import Client, errors
 from limpet.client import Sandbox
 from tests.conftest import Cli
 
@@ -94,7 +94,7 @@ def test_uncommitted_work_of_the_host_travels_and_is_not_part_of_the_diff(
     index = (repository / ".git" / "index").read_bytes()
     before = tree_hash(repository)
 
-    result = sandbox.workspace.import_(repository)
+    result = sandbox.workspace.import_(repository, replace=True)
     assert result.workspace.status == "complete"
     assert tree_hash(repository) == before
     assert (repository / ".git" / "index").read_bytes() == index
@@ -117,8 +117,7 @@ def test_uncommitted_work_of_the_host_travels_and_is_not_part_of_the_diff(
 
 def test_export_leaves_the_guests_repository_byte_for_byte(sandbox: Sandbox, repository: Path) -> None:
     """WS-3: index, work tree, refs and object store are as before."""
-    sandbox.exec(["sh", "-c", "rm -rf /workspace/project"], cwd="/").check()
-    sandbox.workspace.import_(repository)
+    sandbox.workspace.import_(repository, replace=True)
     sandbox.exec(AGENT + "; echo a > a; git add a; git commit -qm a; echo b > b; git add b; echo c > c").check()
     sums = "find . -type f -exec sha256sum {} + | sort | sha256sum; find . | sort | sha256sum"
     before = sandbox.exec(sums).text
@@ -127,10 +126,20 @@ def test_export_leaves_the_guests_repository_byte_for_byte(sandbox: Sandbox, rep
     assert sandbox.exec(sums).text == before
 
 
+def test_an_import_never_replaces_work_that_was_not_taken_back(sandbox: Sandbox, repository: Path) -> None:
+    """WS-1, and the first promise of all: nothing is lost without `replace`."""
+    sandbox.workspace.import_(repository, replace=True)
+    sandbox.workspace.import_(repository)
+    sandbox.exec("echo precious > work").check()
+    with pytest.raises(errors.FailedPrecondition) as refused:
+        sandbox.workspace.import_(repository)
+    assert "limpet apply" in (refused.value.hint or "")
+    assert sandbox.exec(["cat", "work"]).text == "precious\n"
+
+
 def test_a_patch_that_does_not_apply_changes_nothing(sandbox: Sandbox, repository: Path, cli: Cli) -> None:
     """WS-5: all or nothing, with a message that names the file."""
-    sandbox.exec(["sh", "-c", "rm -rf /workspace/project"], cwd="/").check()
-    sandbox.workspace.import_(repository)
+    sandbox.workspace.import_(repository, replace=True)
     sandbox.exec("echo guest > README.md; echo new > new.txt").check()
     (repository / "README.md").write_text("host\n")
     before = tree_hash(repository)

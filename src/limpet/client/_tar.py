@@ -141,5 +141,6 @@ def _extract(tar: tarfile.TarFile, member: tarfile.TarInfo, place: Path, target:
         with os.fdopen(fd, "wb") as file:
             while data := content.read(_CHUNK):
                 file.write(data)
+            file.flush()  # or else the time is changed again when the file is closed
             os.fchmod(file.fileno(), member.mode & 0o777)
             os.utime(file.fileno(), (member.mtime, member.mtime))

@@ -40,8 +40,8 @@ async def mmdebstrap(
 ) -> None:
     """Write a tar of the suite's packages to `target`.
 
-    Raises Unavailable with the last lines of output when the packages cannot be had, DeadlineExceeded
-    after half an hour."""
+    Raises Unavailable with the last lines of output when the packages cannot be had, DeadlineExceeded after half
+    an hour."""
     mode = "root" if os.geteuid() == 0 else "unshare"
     argv = ["mmdebstrap", f"--mode={mode}", f"--variant={variant}", f"--include={','.join(include)}", *extra]
     argv += [SUITE, str(target), *([mirror] if mirror else [])]

@@ -15,6 +15,7 @@ from limpet.images.pieces import LOADER, Pieces
 GUEST = Path(__file__).parent / "guest"  # the scripts that run in the guest
 
 BOOT_MODULES = ("virtio_mmio", "virtio_blk", "virtio_console", "squashfs")
+EARLY_MODULE = "raid6_pq"  # see guest/init
 LATER_MODULES = ("virtio-rng",)
 BTRFS_MODULES = ("crc32c-intel", "xor", "btrfs")  # crc32c first: btrfs takes the fastest that is there
 NETWORK_MODULES = ("virtio_net",)
@@ -42,7 +43,7 @@ def script(name: str, substitutes: Mapping[str, str]) -> bytes:
 
 def build(pieces: Pieces) -> bytes:
     """The initramfs that every sandbox boots with."""
-    archive = _archive(pieces, BOOT_MODULES)
+    archive = _archive(pieces, (*BOOT_MODULES, EARLY_MODULE))
     archive.file("init", script("init", {"modules": " ".join(BOOT_MODULES)}), 0o755)
     return archive.to_bytes()
 

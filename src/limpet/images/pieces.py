@@ -100,7 +100,7 @@ async def build(staging: Path, report: bootstrap.Report, mirror: str | None) -> 
     modules.mkdir(parents=True)
     shutil.move(tree / "lib" / "modules" / release, modules / release)
     for module in modules.rglob("*.ko"):
-        module.write_bytes(kernel.unsigned(module.read_bytes()))
+        module.write_bytes(kernel.lean(module.read_bytes()))
     await process.run(["depmod", "-b", str(staging / "modules"), release], timeout=60)
     report(0.75, "compiling the standard library")
     await _runtime(tree, staging / "runtime")

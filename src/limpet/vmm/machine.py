@@ -31,6 +31,7 @@ from limpet.vmm.qmp import Control, MachineEvent
 from limpet.vmm.stats import MachineStats, Meter
 
 GREETING_S = 15.0  # QEMU greets within 100 ms; a host that swaps may need longer
+_HELPER_S = 2.0
 Rung = Literal["quit", "sigterm", "sigkill"]
 
 _log = log.get("vmm")
@@ -133,10 +134,10 @@ class Machine:
         """What the machine costs the host now. Raises Unavailable when it has ended."""
         return await self._meter.measure(self._control)
 
-    async def quit(self) -> None:
+    async def quit(self, *, timeout: float = 5.0) -> None:
         """Ask QEMU to flush its disks and end; `wait` says when it has. A machine that is gone already is fine."""
         with contextlib.suppress(Unavailable):
-            await self._control.execute("quit")
+            await self._control.execute("quit", timeout=timeout)
 
     def terminate(self, signum: int = signal.SIGTERM) -> bool:
         """Signal QEMU; False when it is gone."""
@@ -147,13 +148,17 @@ class Machine:
         that signal), None when it was adopted: the status is its parent's to know. Raises DeadlineExceeded."""
         await gone(self._handles.qemu, timeout)
         await self._control.close()
-        return self._children[0].wait() if self._children else None
+        for helper in self._handles.helpers:  # they follow at once
+            with contextlib.suppress(DeadlineExceeded):
+                await gone(helper, _HELPER_S)
+        statuses = [child.poll() for child in self._children]
+        return statuses[0] if statuses else None
 
     async def end(self, *, patience: float = 2.0) -> Rung:
         """End the machine without asking the guest: QMP quit, SIGTERM, SIGKILL, `patience` seconds for each.
         Returns the rung that worked. What the guest has not flushed is lost."""
         with contextlib.suppress(DeadlineExceeded):
-            await self.quit()
+            await self.quit(timeout=patience)
             await self.wait(patience)
             return "quit"
         self.terminate(signal.SIGTERM)

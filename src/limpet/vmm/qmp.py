@@ -37,6 +37,7 @@ class Control:
     def __init__(self, client: QMPClient, events: EventListener) -> None:
         self._client = client
         self._events = events
+        self._closing: asyncio.Future[None] | None = None
 
     @classmethod
     async def connect(cls, path: Path, *, timeout: float) -> Control:
@@ -79,31 +80,35 @@ class Control:
 
     async def events(self) -> AsyncIterator[MachineEvent]:
         """Events since the connection was made, until it ends. One consumer at a time."""
-        while True:
-            event = await self._next_event()
-            if event is None:
-                return
-            yield MachineEvent(str(event["event"]), dict(event.get("data", {})))
-
-    async def _next_event(self) -> Any:
-        getting = asyncio.ensure_future(self._events.get())
         ending = asyncio.ensure_future(self._ended())
         try:
-            await asyncio.wait({getting, ending}, return_when=asyncio.FIRST_COMPLETED)
+            while not self._events.empty() or not ending.done():
+                if (event := await self._next_event(ending)) is not None:
+                    yield MachineEvent(str(event["event"]), dict(event.get("data", {})))
+        finally:
+            ending.cancel()
+
+    async def _next_event(self, ending: asyncio.Future[None]) -> Any:
+        """The next event, or None when there is none yet and the connection has ended."""
+        if not self._events.empty():
+            return await self._events.get()
+        getting = asyncio.ensure_future(self._events.get())
+        either: set[asyncio.Future[Any]] = {getting, ending}
+        try:
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
             return getting.result() if getting.done() else None
         finally:
-            for task in (getting, ending):
-                task.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await task
+            getting.cancel()
 
     async def _ended(self) -> None:
         while self.connected:
             await self._client.runstate_changed()
 
     async def close(self) -> None:
-        """Hang up; the machine runs on."""
-        await _disconnect(self._client)
+        """Hang up; the machine runs on. Several may close at once: the library cannot take that, so they share one."""
+        if self._closing is None:
+            self._closing = asyncio.ensure_future(_disconnect(self._client))
+        await asyncio.shield(self._closing)
 
 
 async def _disconnect(client: QMPClient) -> None:

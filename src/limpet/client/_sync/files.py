@@ -96,9 +96,10 @@ class Files:
         place = Path(local)
         partial = place.with_name(f".{place.name}.limpet-part")
         try:
-            with partial.open("xb") as file, self.stream(path) as chunks:
-                for chunk in chunks:
-                    file.write(chunk)
+            with partial.open("xb") as file:
+                with self.stream(path) as chunks:
+                    for chunk in chunks:
+                        file.write(chunk)
             partial.replace(place)
         finally:
             partial.unlink(missing_ok=True)
