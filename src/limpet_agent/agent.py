@@ -14,7 +14,8 @@ from limpet_agent.faults import Fault, Gone, from_os
 from limpet_agent.intake import Intake
 from limpet_agent.keeper import Held, Keeper, receive
 from limpet_agent.loop import IN, Loop
-from limpet_agent.streams import Mux, Stream, Worker
+from limpet_agent.streams import Mux, Stream
+from limpet_agent.workers import Worker
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

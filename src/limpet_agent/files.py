@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-    from limpet_agent.streams import Worker
+    from limpet_agent.workers import Worker
 
     Params = dict[str, Any]
 

@@ -50,6 +50,7 @@ class Boxes:
     def __init__(self, operations: Operations) -> None:
         self.operations = operations
         self.known: dict[str, Sandbox] = {}
+        self.begun: list[str] = []
         self.undone: list[str] = []
 
     async def create(self, request: CreateRequest) -> Operation:
@@ -58,6 +59,7 @@ class Boxes:
             raise AlreadyExists(f"there is a sandbox named '{name}' already")
 
         async def work(stages: Stages) -> Sandbox:
+            self.begun.append(name)
             async with stages.run("boot") as stage:
                 stage.update(fraction=0.5)
                 try:
@@ -153,6 +155,7 @@ class LocalSession:
             self.process = await asyncio.create_subprocess_exec(
                 *request.argv, stdin=stdin, stdout=out, stderr=out, cwd=request.cwd, env={**os.environ, **request.env},
                 start_new_session=True,
+                preexec_fn=(lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0)) if request.tty else None,
             )  # fmt: skip
         except FileNotFoundError:
             raise NotFound(f"{request.argv[0]}: command not found in the guest") from None
@@ -258,6 +261,7 @@ class LocalExecs:
         self._boxes, self._guest = boxes, guest
         self.sessions: dict[str, LocalSession] = {}
         self.requests: list[ExecRequest] = []
+        self.attached: list[tuple[str, int | None, int | None]] = []
 
     async def start(self, name: str, request: ExecRequest, *, start_if_stopped: bool) -> LocalSession:
         box = self._boxes.one(name)
@@ -281,6 +285,7 @@ class LocalExecs:
         self, name: str, exec_id: str, *, stdout: int | None, stderr: int | None, stdin: bool, steal: bool
     ) -> LocalSession:
         session = self.one(exec_id)
+        self.attached.append((exec_id, stdout, stderr))
         session._request = session._request.model_copy(update={"detach": False})
         return session
 

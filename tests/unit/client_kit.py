@@ -6,6 +6,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import pty
+import select
 import shutil
 import subprocess
 import sys
@@ -14,7 +16,7 @@ import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from limpet.api.app import create_app
 from limpet.api.door import Services
@@ -148,6 +150,7 @@ class StandIn:
         self.paths = discover(home)
         self.paths.make()
         self.guest.mkdir()
+        self._started: list[subprocess.Popen[bytes]] = []
         self._ready = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._main()))
 
@@ -158,6 +161,9 @@ class StandIn:
         return self
 
     def __exit__(self, *_: object) -> None:
+        for process in self._started:  # one that a failed test left would start a real daemon to come back to
+            process.kill()
+            process.wait()
         with contextlib.suppress(RuntimeError):  # it ended already
             self.loop.call_soon_threadsafe(self._end.set)
         self._thread.join(30)
@@ -205,10 +211,12 @@ class StandIn:
 
     def popen(self, *words: str, **options: Any) -> subprocess.Popen[bytes]:
         """The command line, running."""
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, "-m", "limpet.cli.main", *words], env=self.environment(),
             **{"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options},
         )  # fmt: skip
+        self._started.append(process)
+        return process
 
     def cli(
         self, *words: str, input: bytes | None = None, cwd: Path | None = None
@@ -230,3 +238,42 @@ def stand_in() -> Iterator[StandIn]:
             yield server
     finally:
         shutil.rmtree(home, ignore_errors=True)
+
+
+def read_until(file: IO[bytes] | None, wanted: bytes) -> bytes:
+    assert file is not None
+    seen = b""
+    while wanted not in seen:
+        assert select.select([file], [], [], 10)[0], f"waited for {wanted!r}, saw {seen!r}"
+        data = os.read(file.fileno(), 4096)
+        assert data, f"waited for {wanted!r}, saw {seen!r}"
+        seen += data
+    return seen
+
+
+class Terminal:
+    """The command line at a terminal of its own."""
+
+    def __init__(self, daemon: StandIn, *words: str) -> None:
+        self.master, slave = pty.openpty()
+        self.process = daemon.popen(*words, stdin=slave, stdout=slave, stderr=slave, start_new_session=True)
+        os.close(slave)
+        self.seen = b""
+
+    def until(self, wanted: bytes) -> None:
+        while wanted not in self.seen:
+            assert select.select([self.master], [], [], 10)[0], f"waited for {wanted!r}, saw {self.seen!r}"
+            self.seen += os.read(self.master, 4096)
+
+    def press(self, keys: bytes) -> None:
+        os.write(self.master, keys)
+
+    def end(self) -> int:
+        code = self.process.wait(10)
+        while select.select([self.master], [], [], 0.2)[0]:
+            try:
+                self.seen += os.read(self.master, 4096)
+            except OSError:
+                break
+        os.close(self.master)
+        return code

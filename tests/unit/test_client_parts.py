@@ -16,6 +16,8 @@ from limpet.client import _daemon, _tar, _wire
 from limpet.errors import BadRequest, FailedPrecondition, Unavailable
 from limpet.paths import discover
 
+from .client_kit import stand_in
+
 ROOT = Path(__file__).parent.parent.parent
 
 
@@ -168,3 +170,30 @@ def test_packing_and_unpacking_keeps_what_matters(tmp_path: Path) -> None:
     assert (copy / "one").stat().st_ino == (copy / "two").stat().st_ino
     assert int((copy / "one").stat().st_mtime) == 1_234_567_890
     assert (copy / "dangling").readlink() == Path("/no/where")
+
+
+def test_command_is_followed_on_when_the_connection_breaks() -> None:
+    """VM-8: the daemon ends in the middle of a command; what the client had read already does not come again."""
+    with (
+        stand_in() as server,
+        Client(server.home, autostart=False) as client,
+        client.exec("web", ["sh", "-c", "echo one; sleep 1; echo two"]) as command,
+    ):
+        assert command.read() == ("stdout", b"one\n")
+        assert command._socket is not None
+        command._socket.close()
+        assert command.read() == ("stdout", b"two\n")
+        assert server.local_execs.attached == [(command.id, 4, 0)]
+        assert command.result().exit_code == 0
+
+
+def test_command_that_was_being_fed_is_not_taken_up_silently() -> None:
+    with stand_in() as server, Client(server.home, autostart=False) as client:
+        command = client.exec("web", ["cat"], stdin=True)
+        command.stdin.write(b"x")
+        assert command.read() == ("stdout", b"x")
+        assert command._socket is not None
+        command._socket.close()
+        with pytest.raises(Unavailable, match="connection to the daemon broke") as caught:
+            command.read()
+        assert caught.value.hint == f"limpet attach web {command.id}"

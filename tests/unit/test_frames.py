@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from limpet_agent import frames
 
+_quietly = settings(database=None, deadline=None)
 _KINDS = (frames.OPEN, frames.DATA, frames.DATA_ERR, frames.RESET, frames.MSG)
 _frame = st.one_of(
     st.tuples(st.integers(0, 2**32 - 1), st.sampled_from(_KINDS), st.binary(max_size=400)),
@@ -25,6 +26,7 @@ def _decode(decoder: frames.Decoder, data: bytes) -> list[tuple[int, int, bytes]
     return found
 
 
+@_quietly
 @given(st.lists(_frame, max_size=12), st.data())
 def test_any_split_of_the_bytes_gives_the_same_frames(sent: list[tuple[int, int, bytes]], data: st.DataObject) -> None:
     """GST-1"""
@@ -37,6 +39,7 @@ def test_any_split_of_the_bytes_gives_the_same_frames(sent: list[tuple[int, int,
     assert got == sent
 
 
+@_quietly
 @given(st.lists(st.binary(max_size=300), max_size=10))
 def test_garbage_gives_frames_or_a_typed_error_and_nothing_else(pieces: list[bytes]) -> None:
     """GST-2"""
@@ -51,6 +54,7 @@ def test_garbage_gives_frames_or_a_typed_error_and_nothing_else(pieces: list[byt
             decoder.next()
 
 
+@_quietly
 @given(st.integers(0, 2**32 - 1), st.integers(0, 2**32 - 1), st.integers(0, 255))
 def test_an_excessive_length_is_refused_before_any_payload_came(length: int, stream: int, kind: int) -> None:
     """GST-2"""
@@ -67,6 +71,7 @@ def test_an_excessive_length_is_refused_before_any_payload_came(length: int, str
             decoder.next()
 
 
+@_quietly
 @given(st.binary(max_size=200), st.binary(min_size=16, max_size=16), st.binary(max_size=50), st.integers(1, 50))
 def test_what_an_earlier_session_left_is_thrown_away(before: bytes, nonce: bytes, after: bytes, step: int) -> None:
     """GST-1"""

@@ -100,6 +100,22 @@ def test_all_missing_tools_are_named_at_once_with_one_command(tmp_path: Path, mo
     assert {"mmdebstrap", "qemu-system-x86", "squashfs-tools"} <= set(caught.value.hint.split())
 
 
+def test_only_the_newest_versions_are_kept(tmp_path: Path) -> None:
+    asyncio.run(setup_kit.run(tmp_path))
+    paths = setup_kit.paths_in(tmp_path)
+    current = artifacts(paths)
+    for age in range(5):
+        old = paths.artifacts / f"agent-{age}.squashfs"
+        old.write_bytes(b"")
+        os.utime(old, (age, age))
+        (paths.pieces / f"old-{age}").mkdir()
+        os.utime(paths.pieces / f"old-{age}", (age, age))
+    current.initramfs.unlink()
+    asyncio.run(setup_kit.run(tmp_path))
+    assert artifacts(paths) == current
+    assert len(list(paths.artifacts.glob("agent-*"))) == len(list(paths.pieces.iterdir())) == 3
+
+
 def test_full_disk_is_refused_before_anything_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if missing_tools():
         pytest.skip("the tools of setup are not installed")

@@ -35,7 +35,7 @@ def request(env: list[str] | None, user: str | None, cwd: str | None, timeout: s
     if tty:
         rows, cols = _terminal.size()
         variables.setdefault("TERM", os.environ.get("TERM", "xterm-256color"))
-        size = {"tty": True, "rows": rows, "cols": cols}
+        size = {"rows": rows, "cols": cols}
     else:
         size = {}
     limit = _parse.seconds(timeout) if timeout else None
@@ -48,7 +48,7 @@ def follow(
     """Run a command with this terminal (or these pipes) at its other end."""
     from limpet.cli._session import Session
 
-    command = client.exec(name, argv, stdin=feed, on_notice=_output.warn, **options)
+    command = client.exec(name, argv, stdin=feed, tty=tty, on_notice=_output.warn, **options)
     return Session(
         command, lambda signal: client.signal(name, command.id, signal), tty=tty, feed=feed, let_go=let_go
     ).run()
@@ -81,10 +81,10 @@ def exec_(
             name = _boxes.one(client, None).name
         if sync:
             _sync(client, name, quiet)
-        feed, use_tty = streams(interactive, tty)
+        feed, use_tty = (False, bool(tty)) if detach else streams(interactive, tty)
         options = request(env, user, workdir, timeout, use_tty) | {"start": start}
         if detach:
-            print(client.sandboxes.ref(name).exec(command, detach=True, **options).id)
+            print(client.sandboxes.ref(name).exec(command, detach=True, tty=use_tty, **options).id)
             return 0
         return follow(client, name, command, feed=feed, tty=use_tty, **options).code
 

@@ -128,11 +128,24 @@ def _root(
     """
 
 
+def _dispatch(args: Sequence[str]) -> Any:
+    """Through typer; but `exec NAME [--] CMD…`, which programs call in loops, goes past it: typer makes a pydantic
+    adapter of every parameter, which takes longer than all the rest."""
+    match list(args):
+        case ["exec", name, "--", command, *words] | ["exec", name, command, *words] if not (
+            name.startswith("-") or command.startswith("-")
+        ):
+            from limpet.cli.execs import exec_
+
+            return exec_(name, [command, *words])
+    return typer.main.get_command(app).main(list(args) or ["--help"], prog_name="limpet", standalone_mode=False)
+
+
 def run(args: Sequence[str]) -> int:
     """Run one command line; the exit code. Whatever goes wrong is printed on stderr."""
     failed = 125 if args and args[0] in PASSING_EXIT_CODES else 1
     try:
-        code = typer.main.get_command(app).main(list(args) or ["--help"], prog_name="limpet", standalone_mode=False)
+        code = _dispatch(args)
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except _output.UnknownCommand as error:

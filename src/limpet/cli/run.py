@@ -62,10 +62,10 @@ def run(
         box, inside = _sandbox(client, dir, name, no_workspace, sync=sync, quiet=quiet, spec=spec)
         try:
             _publish(box, publish)
-            feed, use_tty = streams(interactive, tty)
+            feed, use_tty = (False, bool(tty)) if detach else streams(interactive, tty)
             options = request(env, user, workdir or inside, timeout, use_tty)
             if detach:
-                print(box.exec(command, detach=True, **options).id)
+                print(box.exec(command, detach=True, tty=use_tty, **options).id)
                 return 0
             ended = follow(client, box.name, command, feed=feed, tty=use_tty, **options)
             rm = rm and not ended.detached

@@ -33,7 +33,7 @@ from limpet.paths import Paths
 
 Progress = Callable[[Stage], None]
 
-_KEEP = 3  # versions of each artifact; older ones go
+_KEEP = 3  # versions of each artifact and of the pieces; older ones go
 _LOCK_POLL = 0.2  # seconds
 
 
@@ -74,6 +74,7 @@ class _Setup:
             raise _first(errors) from errors
         for kind in ("vmlinux", "initramfs", "agent", "data"):
             _forget_old(self._plan.paths.artifacts, kind)
+        _forget_old(self._plan.paths.pieces)
         return self._done
 
     async def _artifacts(self) -> None:
@@ -163,11 +164,14 @@ async def _alone(paths: Paths, progress: Progress) -> AsyncIterator[None]:
         os.close(fd)
 
 
-def _forget_old(directory: Path, kind: str) -> None:
-    """Remove all but the newest versions of an artifact; a VM that runs from one keeps it open."""
-    found = sorted(directory.glob(f"{kind}-*"), key=lambda path: path.stat().st_mtime, reverse=True)
+def _forget_old(directory: Path, kind: str | None = None) -> None:
+    """Remove all but the newest versions of an artifact or of the pieces; a VM that runs from one keeps it open."""
+    found = sorted(directory.glob(f"{kind}-*" if kind else "*"), key=lambda path: path.stat().st_mtime, reverse=True)
     for old in found[_KEEP:]:
-        old.unlink(missing_ok=True)
+        if old.is_dir():
+            durable.remove_tree(old)
+        else:
+            old.unlink(missing_ok=True)
 
 
 def _first(group: ExceptionGroup[Exception]) -> Exception:
