@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
+_SHOWN = 72  # characters of a command in a list; --json has all of it
 _SHELL = "command -v bash >/dev/null && exec bash -l; exec sh -l"
 
 
@@ -166,6 +167,8 @@ def ps(name: _options.OptionalName = None, json: _options.Json = False) -> int:
         else:
             state = f"signal {item.signal}" if item.signal else f"exit {item.exit_code}"
         age = _output.duration(time.time() - item.started_at)
-        rows.append((item.id, state, age, item.user, shlex.join(item.argv)))
+        command = " ".join(shlex.join(item.argv).split())
+        short = command if len(command) <= _SHOWN else command[: _SHOWN - 1] + "…"
+        rows.append((item.id, state, age, item.user, short))
     _output.table(("ID", "STATE", "AGE", "USER", "COMMAND"), rows)
     return 0

@@ -88,10 +88,10 @@ def _many(names: list[str] | None, everything: bool, verb: str, json: bool, quie
 
 
 def _told(name: str, answer: Sandbox | StopResult | None) -> str:
-    """The name; what may be lost is told besides."""
-    rung, durability = getattr(answer, "rung", "none"), getattr(answer, "durability", "clean")
-    if rung != "none" and durability != "clean":
-        _output.note(f"{name}: {durability}")
+    """The name; how far a stop had to go and what may be lost is told besides."""
+    rung = getattr(answer, "rung", "none")
+    if rung != "none":
+        _output.note(f"{name}: {getattr(answer, 'durability', '')} ({rung})")
     for risk in getattr(answer, "at_risk", ()):
         _output.warn(f"{name}: may be lost: {risk}")
     return name

@@ -142,6 +142,7 @@ def import_(
     dir: Annotated[Path, typer.Argument(metavar="DIR", help="Host directory.")] = Path(),
     tracked: Annotated[bool, typer.Option("--tracked-only", help="Leave untracked files out.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what would be copied.")] = False,
+    replace: Annotated[bool, typer.Option("--replace", help="Give up the sandbox's own changes.")] = False,
     json: _options.Json = False,
     quiet: _options.Quiet = False,
 ) -> int:
@@ -150,7 +151,7 @@ def import_(
 
     with Client() as client, Progress(quiet) as progress:
         result = client.sandboxes.ref(name).workspace.import_(
-            dir, untracked=not tracked, dry_run=dry_run, on_stage=progress
+            dir, untracked=not tracked, dry_run=dry_run, replace=replace, on_stage=progress
         )
     if json:
         _output.emit(result)

@@ -21,10 +21,12 @@ class AsyncWorkspace:
 
     async def import_(
         self, host_dir: str | os.PathLike[str], *, untracked: bool = True, dry_run: bool = False,
-        on_stage: OnStage | None = None,
+        replace: bool = False, on_stage: OnStage | None = None,
     ) -> ImportResult:  # fmt: skip
-        """Bring a host directory in, a git repository with its uncommitted work. `dry_run` only lists the paths."""
-        body = {"host_dir": os.path.realpath(host_dir), "untracked": untracked, "dry_run": dry_run}
+        """Bring a host directory in, a git repository with its uncommitted work. `dry_run` only lists the paths. Work
+        in the sandbox that was not taken back is in the way (FailedPrecondition) unless `replace` gives it up."""
+        host = os.path.realpath(host_dir)
+        body = {"host_dir": host, "untracked": untracked, "dry_run": dry_run, "replace": replace}
         answer = await AsyncOperations(self._transport).run(
             "POST", self._sandbox.path("workspace", "import"), body=body, on_stage=on_stage
         )
