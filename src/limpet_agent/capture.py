@@ -17,6 +17,7 @@ _PUNCH_AT = KEEP + (4 << 20)
 _STEP = 1 << 20
 _PIPE_SIZE = 1 << 20
 _F_SETPIPE_SZ = 1031  # fcntl(2)
+_FIONREAD = 0x541B  # asm-generic/ioctls.h: bytes that wait in a pipe
 _FS_IOC_UNRESVSP64 = 0x4030582B  # _IOW('X', 43, struct space_resv): punches a hole on any file system; needs no ctypes
 _BLOCK = 4096
 
@@ -81,25 +82,31 @@ class Lane:
         return self._read_write() if self.terminal else self._splice()
 
     def _first(self) -> int:
-        """The first bytes make the file: a command that says nothing costs no file."""
+        """The first bytes make the file: a command that says nothing costs no file. The file comes before the bytes
+        are taken out of the pipe: killed in between, the next agent finds both."""
+        if not self.terminal and any(fcntl.ioctl(self.source, _FIONREAD, bytes(4))):
+            self._create()
+            self._widen()
+            return self._splice()
         data = os.read(self.source, 64 << 10)
         if data:
-            flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
-            try:
-                self.file = os.open(self.path, flags, 0o600)
-            except FileNotFoundError:
-                os.makedirs(os.path.dirname(self.path), 0o700, exist_ok=True)
-                self.file = os.open(self.path, flags, 0o600)
+            self._create()
             self._write(data)
-            self._widen()
         return len(data)
 
+    def _create(self) -> None:
+        flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+        try:
+            self.file = os.open(self.path, flags, 0o600)
+        except FileNotFoundError:
+            os.makedirs(os.path.dirname(self.path), 0o700, exist_ok=True)
+            self.file = os.open(self.path, flags, 0o600)
+
     def _widen(self) -> None:
-        if not self.terminal:
-            try:
-                fcntl.fcntl(self.source, _F_SETPIPE_SZ, _PIPE_SIZE)
-            except OSError:  # over the user's pipe limit: the default will do
-                pass
+        try:
+            fcntl.fcntl(self.source, _F_SETPIPE_SZ, _PIPE_SIZE)
+        except OSError:  # over the user's pipe limit: the default will do
+            pass
 
     def _splice(self) -> int:
         try:

@@ -303,5 +303,3 @@ class Owner:
     def finished(self, command: Command) -> None:
         """The command is over; it may be forgotten when there are many."""
         raise NotImplementedError
-
-

@@ -161,12 +161,13 @@ class Execs(Owner):
             command.stdin = os.dup(fds["stdin"]) if "stdin" in fds else -1
             for name in about["lanes"]:
                 source = command.stdin if command.tty else (os.dup(fds[name]) if name in fds else -1)
-                file = os.dup(fds[name + ".file"]) if name + ".file" in fds else -1
                 path = f"{self.directory(ident)}/{name}"
+                file = os.dup(fds[name + ".file"]) if name + ".file" in fds else _existing(path)
                 command.lanes[name] = Lane(name, path, source, terminal=command.tty, file=file)
             self._commands[ident] = command
             self.keeper.adopted(ident, record)
             command.begin(about["pid"], child=False)
+            self.keeper.keep(command)
             if record.status is not None:
                 command.process_ended(record.status)
 
@@ -312,6 +313,16 @@ class Execs(Owner):
 
         stream.on_data = lambda charge, data: command.write(data, charge, stream)
         stream.on_end = ended
+
+
+def _existing(path: str) -> int:
+    """A capture file that the last agent made but had no time to hand over, at its end; -1 when there is none."""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return -1
+    os.lseek(fd, 0, os.SEEK_END)
+    return fd
 
 
 def _remove(directory: str) -> None:

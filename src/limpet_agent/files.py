@@ -368,4 +368,3 @@ OPERATIONS: dict[str, Callable[[Worker, Params], None]] = {
     "stat": stat, "list": list_directory, "read": read, "write": write, "mkdir": make_directory, "rename": rename,
     "remove": remove, "pack": pack, "unpack": unpack, "sync": sync,
 }  # fmt: skip
-

@@ -8,7 +8,6 @@ from __future__ import annotations
 import mmap
 import os
 import zlib
-from _thread import allocate_lock, start_new_thread
 
 from limpet_agent import frames
 from limpet_agent.faults import Fault, from_os
@@ -53,53 +52,3 @@ class Intake:
             except OSError:  # a file on tmpfs, in tests
                 self._fd = os.open(self._path, flags)
         return self._fd
-
-
-class Ahead:
-    """Reads and checks the next piece in a helper thread while the present one is being written: twice the speed."""
-
-    def __init__(self, intake: Intake) -> None:
-        self._intake = intake
-        self._buffers = [intake.buffer()]
-        self._present = 0
-        self._coming: bytes | None = None
-        self._done = allocate_lock()
-        self._result: memoryview | BaseException | None = None
-
-    def fetch(self, payload: bytes, following: bytes | None) -> memoryview:
-        """The bytes of a REF, valid until the next call; `following` is the REF that will be asked for next, if it is
-        known. Raises Fault."""
-        found = self._await() if self._coming is payload else self._get(payload)
-        if following is not None:
-            self._begin(following)
-        if isinstance(found, BaseException):
-            raise found
-        return found
-
-    def _get(self, payload: bytes) -> memoryview:
-        return self._intake.fetch(payload, self._buffers[self._present])
-
-    def _begin(self, payload: bytes) -> None:
-        if len(self._buffers) == 1:
-            self._buffers.append(self._intake.buffer())
-        self._present ^= 1
-        buffer = self._buffers[self._present]
-        self._coming = payload
-        self._done.acquire()
-        start_new_thread(self._run, (payload, buffer))
-
-    def _run(self, payload: bytes, buffer: mmap.mmap) -> None:
-        try:
-            self._result = self._intake.fetch(payload, buffer)
-        except BaseException as error:
-            self._result = error
-        finally:
-            self._done.release()
-
-    def _await(self) -> memoryview | BaseException:
-        self._done.acquire()
-        self._done.release()
-        self._coming = None
-        result, self._result = self._result, None
-        assert result is not None
-        return result

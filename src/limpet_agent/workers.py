@@ -6,12 +6,12 @@ from collections import deque
 
 from limpet_agent import frames
 from limpet_agent.faults import Fault, Gone
-from limpet_agent.intake import Ahead
 from limpet_agent.streams import HIGH_WATER, Stream
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from mmap import mmap
     from typing import Any
 
 
@@ -24,7 +24,7 @@ class Worker:
         self._wake = wake  # a lock used as a binary semaphore: released by the loop, acquired by the thread
         self._inbox: deque[tuple[int, int, bytes]] = deque()
         self._owed = 0
-        self._ahead: Ahead | None = None
+        self._buffer: mmap | None = None
         self._posted = 0  # counted by the thread
         self._queued = 0  # counted by the loop
         stream.on_data = lambda charge, data: self._arrived(charge, frames.DATA, data)
@@ -44,10 +44,10 @@ class Worker:
         self._owed = charge
         if kind != frames.REF:
             return data
-        if self._ahead is None:
-            self._ahead = Ahead(self._stream.intake())
-        following = self._inbox[0] if self._inbox else None
-        return self._ahead.fetch(data, following[2] if following and following[1] == frames.REF else None)
+        intake = self._stream.intake()
+        if self._buffer is None:
+            self._buffer = intake.buffer()
+        return intake.fetch(data, self._buffer)
 
     def send(self, data: bytes | memoryview) -> None:
         """Queue at most one frame of bytes (not to be changed afterwards); waits while the host is behind.

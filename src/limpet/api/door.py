@@ -83,8 +83,15 @@ class Execs(Protocol):
 class Files(Protocol):
     async def read(self, name: str, path: str) -> FileBody: ...
     async def write(
-        self, name: str, path: str, chunks: AsyncIterator[bytes], *,
-        mode: int | None, user: str | None, parents: bool, size: int | None,
+        self,
+        name: str,
+        path: str,
+        chunks: AsyncIterator[bytes],
+        *,
+        mode: int | None,
+        user: str | None,
+        parents: bool,
+        size: int | None,
     ) -> FileInfo:
         """Replace the file atomically. `size` is the announced number of bytes, when it was announced."""
 

@@ -1,6 +1,6 @@
 """The image `base`: Debian 12 with what a coding agent expects to find, made from Debian packages.
 
-    packages (mmdebstrap) → tar → tree in a tmpfs of a private namespace → ext4 (mke2fs -d) → digest → publish
+packages (mmdebstrap) → tar → tree in a tmpfs of a private namespace → ext4 (mke2fs -d) → digest → publish
 """
 
 from __future__ import annotations

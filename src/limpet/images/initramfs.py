@@ -89,4 +89,3 @@ def _add_modules(archive: Archive, pieces: Pieces, names: Sequence[str]) -> None
         needs = [other.name for other in reversed(kernel.load_order(pieces.modules, [path.stem])) if other != path]
         lines.append(f"{path.name}: {' '.join(needs)}\n")
     archive.file(f"{base}/modules.dep", "".join(lines).encode())
-

@@ -212,8 +212,10 @@ def _connect(paths: Paths) -> sqlite3.Connection:
             connection.execute(f"PRAGMA {pragma} = {value}")
             found = connection.execute(f"PRAGMA {pragma}").fetchone()[0]
             if found != value:
-                raise FailedPrecondition(f"SQLite gives {pragma} = {found} for {paths.database} instead of {value}",
-                                         hint="put the state on a local file system (LIMPET_HOME)")
+                raise FailedPrecondition(
+                    f"SQLite gives {pragma} = {found} for {paths.database} instead of {value}",
+                    hint="put the state on a local file system (LIMPET_HOME)",
+                )
         if 0 < _schema.version(connection) < _schema.VERSION:
             _backup.back_up(paths, max_age=0)
         _schema.migrate(connection)
