@@ -33,7 +33,7 @@ def agent_package() -> Path:
 def key(pieces_key: str) -> str:
     """What the agent disk depends on: the pieces, the agent's sources, the scripts that go on it."""
     package = agent_package()
-    scripts = [(initramfs.GUEST / name).read_bytes() for name in ("background", "pid1")]
+    scripts = [(initramfs.GUEST / name).read_bytes() for name in ("start", "background", "pid1")]
     own = Path(__file__).read_bytes()
     return keys.key_of("agent", pieces_key, keys.tree_key(package, keys.sources(package)), *scripts, own)
 
@@ -46,6 +46,7 @@ async def build(pieces: Pieces, staging: Path, target: Path) -> None:
     _add_modules(pieces, tree / "lib" / "modules" / pieces.kernel_release)
     boot = tree / "boot"
     boot.mkdir()
+    shutil.copy(initramfs.GUEST / "start", boot / "start")
     (boot / "background").write_bytes(initramfs.script("background", _module_lists(pieces)))
     package = agent_package()
     for source in keys.sources(package):

@@ -144,7 +144,7 @@ class Start:
             if asked.done():
                 return asked.result()
             if ended.done():
-                why = vm.explain_death()
+                why = vm.explain_death().message
                 raise Unavailable(f"the VM ended while it booted: {why}", hint=f"limpet logs {self._record.name}")
             raise DeadlineExceeded(
                 f"the guest did not answer within {patience:g} s of its start", hint=f"limpet logs {self._record.name}"
