@@ -192,7 +192,7 @@ class _Landing:
 
 
 def _dress(fd: int, path: str, params: Params, user: users.User | None) -> None:
-    """Owner, mode and time: what was asked for, else what the old file had, else root and 0644."""
+    """Owner, mode and time: what was asked for, else what the old file had, else the directory's owner and 0644."""
     try:
         old: os.stat_result | None = os.lstat(path)
     except FileNotFoundError:
@@ -203,6 +203,9 @@ def _dress(fd: int, path: str, params: Params, user: users.User | None) -> None:
     if old is not None:
         uid, gid = old.st_uid if uid is None else uid, old.st_gid if gid is None else gid
         mode = modes.S_IMODE(old.st_mode) if mode is None else mode
+    elif uid is None:
+        place = os.stat(os.path.dirname(path))
+        uid, gid = place.st_uid, place.st_gid if gid is None else gid
     if os.geteuid() == 0:
         os.fchown(fd, -1 if uid is None else uid, -1 if gid is None else gid)
     os.fchmod(fd, 0o644 if mode is None else mode & 0o7777)
@@ -242,8 +245,9 @@ def _mkdir(path: str, user: users.User | None, mode: int | None) -> None:
     os.mkdir(path, 0o755)
     if mode is not None:
         os.chmod(path, mode & 0o7777)
-    if user is not None and os.geteuid() == 0:
-        os.chown(path, user.uid, user.gid)
+    if os.geteuid() == 0:
+        place = os.stat(os.path.dirname(path) or "/")  # without a user: whoever the directory around it belongs to
+        os.chown(path, *((place.st_uid, place.st_gid) if user is None else (user.uid, user.gid)))
 
 
 def rename(worker: Worker, params: Params) -> None:

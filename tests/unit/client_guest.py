@@ -324,7 +324,8 @@ class GuestFiles(DirectoryFiles):
     async def pack(self, name: str, path: str) -> AsyncIterator[bytes]:
         buffer = io.BytesIO()
         with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as tar:
-            tar.add(self._at(path), arcname=Path(path).name)
+            place = self._at(path)  # as the agent does: names are relative to a directory
+            tar.add(place, arcname="." if place.is_dir() else place.name)
 
         async def chunks() -> AsyncIterator[bytes]:
             yield buffer.getvalue()

@@ -258,10 +258,10 @@ def test_cp_of_files_directories_and_streams(daemon: StandIn, tmp_path: Path) ->
     stream = daemon.cli("cp", "web:/dir", "-").stdout
     (tmp_path / "t.tar").write_bytes(stream)
     with tarfile.open(tmp_path / "t.tar") as tar:
-        assert sorted(tar.getnames()) == ["dir", "dir/f"]
+        assert sorted(name.removeprefix("./") for name in tar.getnames()) == [".", "f"]
     (daemon.guest / "from").mkdir()
     assert daemon.cli("cp", "-", "web:/from", input=stream).returncode == 0
-    assert (daemon.guest / "from" / "dir" / "f").exists()
+    assert (daemon.guest / "from" / "f").exists()
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,7 @@ def test_stop_under_load_is_clean_and_every_printed_line_is_in_the_file(client: 
         with contextlib.suppress(errors.Unavailable):  # its guest is gone
             while (chunk := writer.read()) is not None:
                 printed += chunk.data
+        writer.close()
         assert (result.durability, result.rung) == ("clean", "poweroff")
         s.start()
         kept = s.exec(["cat", "/home/user/lines"]).check().stdout

@@ -86,12 +86,15 @@ def _content(file: BinaryIO, size: int) -> Iterator[bytes]:
 
 def unpack(archive: BinaryIO, target: Path, rename: str | None = None) -> int:
     """Unpack a tar stream into the directory `target` and return the number of entries. `rename` replaces the first
-    component of every name. Raises BadRequest for an archive that wants out of `target` or is damaged."""
+    component of every name, or is put in front of names that are relative to the tree. Raises BadRequest for an
+    archive that wants out of `target` or is damaged."""
     count = 0
     directories: list[tuple[Path, tarfile.TarInfo]] = []
     try:
         with tarfile.open(fileobj=archive, mode="r|*", errors="surrogateescape") as tar:
             for member in tar:
+                if count == 0 and rename is not None and member.name in (".", "./"):
+                    target, rename = target / rename, None
                 place = _place(target, member.name, rename)
                 _extract(tar, member, place, target, rename)
                 if member.isdir():

@@ -5,14 +5,23 @@ from __future__ import annotations
 import contextlib
 from collections.abc import AsyncIterator, Sequence
 
+from limpet.errors import NotFound
 from limpet.guest import Agent
 from limpet.models import FileInfo, Unpacked
 from limpet.services.host import Host
 from limpet.services.streams import FileBody
 
 
+async def _owner(agent: Agent, path: str) -> str | None:
+    """The uid that a directory belongs to: what comes into it without a user belongs to that one too."""
+    with contextlib.suppress(NotFound):
+        return str((await agent.stat(path)).uid)
+    return None
+
+
 class Files:
-    """Paths are absolute guest paths. The agent acts as root unless a user is given."""
+    """Paths are absolute guest paths. The agent acts as root; what it makes belongs to the user given, else to the
+    owner of the directory around it."""
 
     def __init__(self, host: Host) -> None:
         self._host = host
@@ -65,5 +74,5 @@ class Files:
 
     async def unpack(self, name: str, path: str, chunks: AsyncIterator[bytes], *, user: str | None) -> Unpacked:
         async with self._guest(name) as agent:
-            unpacked = await agent.unpack(path, chunks, user=user)
+            unpacked = await agent.unpack(path, chunks, user=user or await _owner(agent, path))
             return Unpacked(files=unpacked.files, bytes=unpacked.bytes)
