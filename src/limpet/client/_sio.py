@@ -152,18 +152,24 @@ class WebSocket:
 
     def close(self) -> None:
         """Say goodbye if that can be done at once, and wake everybody who waits here."""
-        if self._sending.acquire(blocking=False):
-            try:
-                with self._state, contextlib.suppress(InvalidState):
-                    self._protocol.send_close()
-                    self._collect()
-                with contextlib.suppress(BrokenPipeError):
-                    self._flush(socket.MSG_DONTWAIT)
-            finally:
-                self._sending.release()
-        with contextlib.suppress(OSError):
-            self._connection.shutdown(socket.SHUT_RDWR)
-        self._connection.close()
+        try:
+            self._say_goodbye()
+        finally:
+            with contextlib.suppress(OSError):
+                self._connection.shutdown(socket.SHUT_RDWR)
+            self._connection.close()
+
+    def _say_goodbye(self) -> None:
+        if not self._sending.acquire(blocking=False):
+            return
+        try:
+            with self._state, contextlib.suppress(InvalidState):
+                self._protocol.send_close()
+                self._collect()
+            with contextlib.suppress(OSError):
+                self._flush(socket.MSG_DONTWAIT)
+        finally:
+            self._sending.release()
 
 
 class Background:

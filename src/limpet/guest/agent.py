@@ -26,6 +26,7 @@ ModelT = TypeVar("ModelT", bound=BaseModel)
 _PIECE = 1 << 20
 _MOST_ENTRIES = 1_000_000  # of one directory
 _LOG_LIMIT = 4 << 20
+INTERNAL = "in"  # ids of commands that limpet runs for itself begin so; users' begin with `ex`
 _SHORT = 15.0  # seconds for an answer that needs no work
 
 
@@ -194,7 +195,9 @@ class Agent:
     ) -> Completed:  # fmt: skip
         """Run a command to its end; at most `limit` bytes of each lane are kept. Raises DeadlineExceeded after
         `timeout` seconds, with the command's process group killed."""
-        started = await self.exec(argv, user=user, cwd=cwd, env=env, stdin=bool(input), timeout=timeout)
+        started = await self.exec(
+            argv, user=user, cwd=cwd, env=env, stdin=bool(input), timeout=timeout, ident=new_id(INTERNAL)
+        )
         kept: dict[int, bytearray] = {1: bytearray(), 2: bytearray()}
         feeder = asyncio.create_task(_feed(started, input)) if input else None
         truncated = False

@@ -9,6 +9,7 @@ from typing import Literal
 from limpet import guest
 from limpet.errors import FailedPrecondition
 from limpet.guest import GuestExec
+from limpet.guest.agent import INTERNAL
 from limpet.models import ExecInfo, ExecRequest
 from limpet.names import new_id
 from limpet.services.host import Host
@@ -105,7 +106,9 @@ class Execs:
         return Session(self._host, record, vm, Started(command.id, command.pid), command)
 
     async def list(self, name: str) -> Sequence[ExecInfo]:
-        return await (await self._vm(name).agent()).execs()
+        """Commands of users; those that limpet runs for itself are left out."""
+        found = await (await self._vm(name).agent()).execs()
+        return [info for info in found if not info.id.startswith(f"{INTERNAL}_")]
 
     async def get(self, name: str, exec_id: str) -> ExecInfo:
         return await (await self._vm(name).agent()).get_exec(exec_id)

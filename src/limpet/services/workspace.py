@@ -14,6 +14,7 @@ from pathlib import Path
 
 from limpet.errors import FailedPrecondition, LimpetError
 from limpet.guest import Agent, Exit, Output
+from limpet.guest.agent import INTERNAL
 from limpet.models import (
     ApplyRequest,
     ApplyResult,
@@ -24,6 +25,7 @@ from limpet.models import (
     Operation,
     WorkspaceInfo,
 )
+from limpet.names import new_id
 from limpet.services import workspaces
 from limpet.services.host import Host
 from limpet.services.operations import Stages
@@ -49,7 +51,7 @@ class GuestShell:
         timeout: float = 60.0,
     ) -> AsyncIterator[bytes]:
         """A command's standard output as it comes; leaving early ends the command."""
-        command = await self._agent.exec(argv, user=user, cwd=cwd, env=env, timeout=timeout)
+        command = await self._agent.exec(argv, user=user, cwd=cwd, env=env, timeout=timeout, ident=new_id(INTERNAL))
         ended = False
         try:
             async for event in command.events():
