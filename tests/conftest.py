@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -17,6 +18,9 @@ from limpet import Client
 from limpet.client import Sandbox
 
 ROOT = Path(__file__).parent.parent
+
+# Whoever starts the tests in the background hands SIGINT down ignored; the commands under test must get it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 
