@@ -123,17 +123,25 @@ class Start:
                 break
             except LimpetError as error:
                 await self._down()
-                tail = console_tail(self._files.console_log, 5)
-                self._host.events.emit(
-                    "boot.failed", sandbox=self._record, attempt=attempt, reason=error.message, console=tail
-                )
+                self._tell_failure(attempt, error.message)
                 if attempt == _ATTEMPTS:
                     raise
         if self._pong is not None and self._pong.data != "ready":
+            self._tell_failure(_ATTEMPTS, self._pong.data)
             raise FailedPrecondition(
                 f"the data disk of {self._record.name} could not be mounted: {self._pong.data}",
-                hint=f"limpet logs {self._record.name}",
+                hint=self._where_to_look,
             )
+
+    def _tell_failure(self, attempt: int, reason: str) -> None:
+        """The event keeps the console's last lines: a create that fails leaves no log behind."""
+        tail = console_tail(self._files.console_log, 5)
+        self._host.events.emit("boot.failed", sandbox=self._record, attempt=attempt, reason=reason, console=tail)
+
+    @property
+    def _where_to_look(self) -> str:
+        new = self._record.incarnation == 0
+        return "`limpet events` has the console's last lines" if new else f"limpet logs {self._record.name}"
 
     async def _answer(self, vm: LiveVM, patience: float) -> Pong:
         """Wait for the agent, or for QEMU's end, or for the deadline."""
@@ -145,9 +153,9 @@ class Start:
                 return asked.result()
             if ended.done():
                 why = vm.explain_death().message
-                raise Unavailable(f"the VM ended while it booted: {why}", hint=f"limpet logs {self._record.name}")
+                raise Unavailable(f"the VM ended while it booted: {why}", hint=self._where_to_look)
             raise DeadlineExceeded(
-                f"the guest did not answer within {patience:g} s of its start", hint=f"limpet logs {self._record.name}"
+                f"the guest did not answer within {patience:g} s of its start", hint=self._where_to_look
             )
         finally:
             for task in (asked, ended):
