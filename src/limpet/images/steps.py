@@ -70,7 +70,7 @@ class _Setup:
                 group.create_task(self._artifacts())
                 if force or not self._plan.base_is_current():
                     group.create_task(self._base(image_directory))
-        except* Exception as errors:
+        except ExceptionGroup as errors:
             raise _first(errors) from errors
         for kind in ("vmlinux", "initramfs", "agent", "data"):
             _forget_old(self._plan.paths.artifacts, kind)
