@@ -71,6 +71,20 @@ def _hostname(_config: Config) -> None:
     name = parameters().get("limpet.hostname")
     if name:
         _write("/proc/sys/kernel/hostname", name)
+        _name_in_hosts(name)
+
+
+def _name_in_hosts(name: str, path: str = "/etc/hosts") -> None:
+    """The machine's own name resolves without a name server, as Debian has it: 127.0.1.1. Other lines stay."""
+    try:
+        with open(path, encoding="utf-8", errors="surrogateescape") as file:
+            lines = file.read().splitlines()
+    except FileNotFoundError:
+        lines = ["127.0.0.1 localhost", "::1 localhost"]
+    wanted = [line for line in lines if line.split()[:1] != ["127.0.1.1"]] + [f"127.0.1.1 {name}"]
+    if wanted != lines:
+        with open(path, "w", encoding="utf-8", errors="surrogateescape") as file:
+            file.write("\n".join(wanted) + "\n")
 
 
 def _network(_config: Config) -> None:

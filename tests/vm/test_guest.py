@@ -158,6 +158,7 @@ def test_system_information_and_clock_are_right(sandbox: Sandbox) -> None:
     info = sandbox.system()
     assert (info.hostname, info.arch, info.cpus) == ("shared", "x86_64", 2)
     assert 400 << 20 < info.memory_total < 512 << 20
+    assert sandbox.exec(["getent", "hosts", "shared"], cwd="/tmp").text.split() == ["127.0.1.1", "shared"]
     assert info.boot_id == sandbox.refresh().boot_id
     before = time.time()
     inside = float(sandbox.exec(["date", "+%s.%N"], cwd="/tmp").text)
