@@ -22,6 +22,9 @@ ROOT = Path(__file__).parent.parent
 # Whoever starts the tests in the background hands SIGINT down ignored; the commands under test must get it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# The installed command: `python -m` would import from the directory that it is started in.
+LIMPET = Path(sys.executable).with_name("limpet")
+
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
@@ -57,7 +60,7 @@ def run_cli(
 ) -> subprocess.CompletedProcess[str]:
     """The command line as a user meets it: a process, its output and its exit status."""
     return subprocess.run(
-        [sys.executable, "-m", "limpet.cli.main", *words], env={**os.environ, "LIMPET_HOME": str(home)}, cwd=cwd,
+        [str(LIMPET), *words], env={**os.environ, "LIMPET_HOME": str(home)}, cwd=cwd,
         input=input, stdin=subprocess.DEVNULL if input is None else None, capture_output=True, text=True,
         errors="surrogateescape", timeout=timeout, check=False,
     )  # fmt: skip

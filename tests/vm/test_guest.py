@@ -9,7 +9,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import pytest
 
 from limpet import AsyncClient, Client, errors
 from limpet.client import Sandbox
-from tests.conftest import Cli
+from tests.conftest import LIMPET, Cli
 
 pytestmark = pytest.mark.vm
 
@@ -178,7 +177,7 @@ def test_statistics_and_logs_are_there(sandbox: Sandbox, cli: Cli) -> None:
 def test_ctrl_c_reaches_the_guests_command(sandbox: Sandbox, home: Path) -> None:
     """Item 9: SIGINT of the CLI becomes SIGINT of the command's group; its exit code is limpet's."""
     script = "trap 'echo caught; exit 42' INT; echo ready; while :; do sleep 0.1; done"
-    words = [sys.executable, "-m", "limpet.cli.main", "exec", "--workdir", "/tmp", "shared", "--", "sh", "-c", script]
+    words = [str(LIMPET), "exec", "--workdir", "/tmp", "shared", "--", "sh", "-c", script]
     with subprocess.Popen(words, env={**os.environ, "LIMPET_HOME": str(home)}, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"ready\n"

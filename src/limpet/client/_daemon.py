@@ -42,7 +42,7 @@ def start(paths: Paths, home: str | None = None) -> int | None:
     offset = paths.daemon_errors.stat().st_size if paths.daemon_errors.exists() else 0
     environment = {"LIMPET_HOME": home} if home else None
     child = process.spawn_detached(
-        [sys.executable, "-m", "limpet.daemon"], log=paths.daemon_errors, cwd=Path("/"), env=environment
+        [sys.executable, "-P", "-m", "limpet.daemon"], log=paths.daemon_errors, cwd=Path("/"), env=environment
     )
     deadline = time.monotonic() + START_TIMEOUT
     while not listening(paths.daemon_socket):
