@@ -24,7 +24,7 @@ _UNIT = """\
 Description=limpet: persistent microVM sandboxes
 
 [Service]
-ExecStart={python} -m limpet.daemon
+ExecStart={python} -P -m limpet.daemon
 {environment}Restart=on-failure
 # Sandboxes outlive the daemon: a stop ends it alone.
 KillMode=process

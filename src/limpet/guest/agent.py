@@ -16,6 +16,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from limpet import errors
 from limpet.guest.execs import Exit, Gap, GuestExec, Output, Started, summary
+from limpet.guest.intake import SLOT
 from limpet.guest.mux import Channel
 from limpet.guest.streams import CHUNK, Data, Stream, nonsense
 from limpet.models import ExecInfo, FileInfo, SystemInfo
@@ -23,7 +24,6 @@ from limpet.names import new_id
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
-_PIECE = 1 << 20
 _MOST_ENTRIES = 1_000_000  # of one directory
 _LOG_LIMIT = 4 << 20
 INTERNAL = "in"  # ids of commands that limpet runs for itself begin so; users' begin with `ex`
@@ -330,11 +330,9 @@ class Agent:
 
     async def _upload(self, stream: Stream, data: bytes | AsyncIterable[bytes]) -> None:
         if isinstance(data, bytes):
-            view = memoryview(data)
-            for start in range(0, len(view), _PIECE):
-                await stream.send_bulk(view[start : start + _PIECE])
+            await stream.send_bulk(data)
         else:
-            async for piece in data:
+            async for piece in _whole_slots(data):
                 await stream.send_bulk(piece)
         await stream.end()
 
@@ -351,6 +349,20 @@ class Agent:
             async for piece in self._data(stream):
                 kept += piece[: limit - len(kept)]
         return bytes(kept)
+
+
+async def _whole_slots(data: AsyncIterable[bytes]) -> AsyncIterator[bytes]:
+    """The same bytes in pieces of a slot each: what is aligned the guest writes past its page cache, 5 times faster."""
+    kept = bytearray()
+    async for piece in data:
+        kept += piece
+        while len(kept) >= SLOT:
+            rest = kept[SLOT:]
+            del kept[SLOT:]
+            yield bytes(kept)
+            kept = rest
+    if kept:
+        yield bytes(kept)
 
 
 class _given_up:
