@@ -58,7 +58,6 @@ class PortMapping(_Model):
 
 
 EnvMap = dict[str, str]
-LabelMap = dict[str, str]
 
 
 def _check_env(env: dict[str, str] | None) -> dict[str, str] | None:
@@ -76,7 +75,7 @@ class SandboxSpec(_Model):
     memory_mib: Annotated[int, Field(ge=MIN_MEMORY_MIB, le=1 << 20)] = DEFAULT_MEMORY_MIB
     disk_mib: Annotated[int, Field(ge=1024, le=1 << 24)] = DEFAULT_DISK_MIB
     env: EnvMap = {}
-    labels: LabelMap = {}
+    labels: dict[str, str] = {}
     network: Literal["user", "none"] = "user"
     ports: list[PortMapping] = []
     ephemeral: bool = False  # removed when it stops
@@ -94,7 +93,7 @@ class CreateRequest(_Request):
     vcpus: Annotated[int, Field(ge=1, le=64)] = DEFAULT_VCPUS
     memory_mib: Annotated[int, Field(ge=1, le=1 << 20)] = DEFAULT_MEMORY_MIB
     env: EnvMap = {}
-    labels: LabelMap = {}
+    labels: dict[str, str] = {}
     network: Literal["user", "none"] = "user"
     ports: list[PortMapping] = []
     ephemeral: bool = False
