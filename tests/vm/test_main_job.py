@@ -137,6 +137,20 @@ def test_an_import_never_replaces_work_that_was_not_taken_back(sandbox: Sandbox,
     assert sandbox.exec(["cat", "work"]).text == "precious\n"
 
 
+def test_exec_warns_when_the_host_moved_since_the_import(sandbox: Sandbox, repository: Path) -> None:
+    """WS-6: beside the command, which never waits for it; not when nothing moved."""
+    sandbox.workspace.import_(repository, replace=True)
+    told: list[str] = []
+    sandbox.exec("sleep 2; pwd", on_notice=lambda message, _hint: told.append(message)).check()
+    assert told == []
+    (repository / "README.md").write_text("moved on\n")
+    sandbox.workspace.import_(repository)
+    (repository / "README.md").write_text("and on\n")
+    assert sandbox.exec("sleep 2; pwd", on_notice=lambda message, _hint: told.append(message)).text
+    assert len(told) == 1
+    assert "changed since it was imported" in told[0]
+
+
 def test_a_patch_that_does_not_apply_changes_nothing(sandbox: Sandbox, repository: Path, cli: Cli) -> None:
     """WS-5: all or nothing, with a message that names the file."""
     sandbox.workspace.import_(repository, replace=True)

@@ -26,7 +26,7 @@ from limpet.api.door import Services
 from limpet.api.queries import AttachQuery, Control, ExecQuery, OutputQuery, SignalBody
 from limpet.errors import BadRequest, DeadlineExceeded
 from limpet.models import ExecInfo, ExecRequest
-from limpet.services.streams import LANE_NAMES, ExecEvent, ExecSession, Exit, Gap, Output, Started
+from limpet.services.streams import LANE_NAMES, ExecEvent, ExecSession, Exit, Gap, Notice, Output, Started
 
 PAYLOAD_MAX = 256 << 10  # bytes of output in one message
 _REQUEST_WAIT = 10.0  # seconds in which a client has to say what it wants to run
@@ -99,6 +99,8 @@ def _message(event: ExecEvent) -> dict[str, Any]:
             return {"started": {"id": event.id, "pid": event.pid}}
         case Gap():
             return {"gap": {"lane": LANE_NAMES[event.lane], "from": event.start, "to": event.end}}
+        case Notice():
+            return {"notice": {"message": event.message, "hint": event.hint}}
         case Exit():
             return {"exit": event.info.model_dump(mode="json")}
         case Output():

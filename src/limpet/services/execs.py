@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Literal
 
@@ -12,20 +14,31 @@ from limpet.guest import GuestExec
 from limpet.guest.agent import INTERNAL
 from limpet.models import ExecInfo, ExecRequest
 from limpet.names import new_id
+from limpet.services import workspaces
 from limpet.services.host import Host
 from limpet.services.live import LiveVM
 from limpet.services.sandboxes import Sandboxes
-from limpet.services.streams import STDERR, STDOUT, ExecEvent, Exit, Gap, Lane, Output, Started
+from limpet.services.streams import STDERR, STDOUT, ExecEvent, Exit, Gap, Lane, Notice, Output, Started
 from limpet.store import SandboxRecord
 
+_DRIFT_KNOWN = 15.0  # seconds for which an answer about the host directory holds
 _LANES: dict[str, Lane] = {"stdout": STDOUT, "stderr": STDERR}
 
 
 class Session:
     """A client attached to a command: what the guest says, as events; and the VM counted as in use meanwhile."""
 
-    def __init__(self, host: Host, record: SandboxRecord, vm: LiveVM, started: Started, command: GuestExec | None):
+    def __init__(
+        self,
+        host: Host,
+        record: SandboxRecord,
+        vm: LiveVM,
+        started: Started,
+        command: GuestExec | None,
+        drift: asyncio.Task[str | None] | None = None,
+    ) -> None:
         self._host, self._record = host, record
+        self._drift = drift  # looked at when it is known; no command waits for it (WS-6)
         self._started = started
         self._command = command  # None: started detached, there is nothing to follow
         self._in_use = contextlib.ExitStack()
@@ -37,6 +50,8 @@ class Session:
         if self._command is None:
             return
         async for event in self._command.events():
+            if (notice := self._notice_of_drift()) is not None:
+                yield notice
             match event:
                 case guest.Output():
                     yield Output(STDERR if event.lane == STDERR else STDOUT, event.data)
@@ -45,6 +60,16 @@ class Session:
                 case guest.Exit():
                     self._note_end(event.info)
                     yield Exit(event.info)
+
+    def _notice_of_drift(self) -> Notice | None:
+        """That the host directory moved on since the import, once it is known; told once."""
+        if self._drift is None or not self._drift.done():
+            return None
+        drift, self._drift = self._drift, None
+        why = None if drift.cancelled() or drift.exception() else drift.result()
+        if why is None:
+            return None
+        return Notice(f"the host directory changed since it was imported: {why}", "--sync imports it again")
 
     def _note_end(self, info: ExecInfo) -> None:
         ended = {"exec_id": info.id, "exit_code": info.exit_code, "signal": info.signal}
@@ -75,6 +100,7 @@ class Session:
 class Execs:
     def __init__(self, host: Host, sandboxes: Sandboxes) -> None:
         self._host, self._sandboxes = host, sandboxes
+        self._drifts: dict[str, tuple[float, str | None, asyncio.Task[str | None]]] = {}
 
     async def start(self, name: str, request: ExecRequest, *, start_if_stopped: bool) -> Session:
         """Start a command in the workspace, if there is one and no directory is given; with the sandbox's variables
@@ -93,7 +119,18 @@ class Execs:
             command = await run(request.argv, ident=exec_id, cwd=cwd, env=env, **options)
         self._host.events.emit("exec.started", sandbox=record, exec_id=exec_id, argv=request.argv[:16])
         followed = command if isinstance(command, GuestExec) else None
-        return Session(self._host, record, vm, Started(exec_id, command.pid), followed)
+        return Session(self._host, record, vm, Started(exec_id, command.pid), followed, self._drift_of(record))
+
+    def _drift_of(self, record: SandboxRecord) -> asyncio.Task[str | None] | None:
+        """Whether the host directory moved, found out beside the command; known for a while, as it reads the tree."""
+        if record.workspace is None:
+            return None
+        imported = record.workspace.fingerprint
+        since, of, task = self._drifts.get(record.id, (0.0, None, None))
+        if task is None or of != imported or time.monotonic() - since > _DRIFT_KNOWN:
+            task = asyncio.create_task(workspaces.drift(record.workspace), name=f"drift of {record.name}")
+            self._drifts[record.id] = (time.monotonic(), imported, task)
+        return task
 
     async def attach(
         self, name: str, exec_id: str, *, stdout: int | None, stderr: int | None, stdin: bool, steal: bool

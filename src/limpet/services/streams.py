@@ -40,13 +40,21 @@ class Gap:
 
 
 @dataclass(frozen=True)
+class Notice:
+    """Something that the user should know beside the command's output."""
+
+    message: str
+    hint: str | None = None
+
+
+@dataclass(frozen=True)
 class Exit:
     """The command ended and all its output was delivered; nothing follows."""
 
     info: ExecInfo
 
 
-ExecEvent = Started | Output | Gap | Exit
+ExecEvent = Started | Output | Gap | Notice | Exit
 
 
 class ExecSession(Protocol):
