@@ -16,7 +16,6 @@ from limpet.version import PROTOCOL as PROTOCOL
 MIN_MEMORY_MIB = 192  # the least with which the base image boots and git works
 DEFAULT_MEMORY_MIB = 1024
 DEFAULT_VCPUS = 2
-DEFAULT_DISK_MIB = 16 * 1024
 
 
 class _Model(BaseModel):
@@ -73,7 +72,6 @@ class SandboxSpec(_Model):
     image: str = "base"
     vcpus: Annotated[int, Field(ge=1, le=64)] = DEFAULT_VCPUS
     memory_mib: Annotated[int, Field(ge=MIN_MEMORY_MIB, le=1 << 20)] = DEFAULT_MEMORY_MIB
-    disk_mib: Annotated[int, Field(ge=1024, le=1 << 24)] = DEFAULT_DISK_MIB
     env: EnvMap = {}
     labels: dict[str, str] = {}
     network: Literal["user", "none"] = "user"

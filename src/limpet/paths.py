@@ -20,7 +20,6 @@
       artifacts/<name>-<key>    vmlinux, initramfs, agent disk, blank data disk: content-addressed
       setup.lock                flock: one setup at a time
       probe.json                the accelerator verdict and its key
-      bench/                    what `make bench` keeps between runs
     run/                        gone after a reboot; 0700
       daemon.sock               the API
       daemon.log                structured log of the daemon (JSON lines)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import platform
-from pathlib import Path
 from typing import Literal
 
 from limpet import durable, images, process
@@ -14,7 +13,7 @@ from limpet.models import DoctorReport, Row
 from limpet.paths import Paths
 from limpet.services.live import LiveTable
 from limpet.services.records import Records
-from limpet.vmm import accel, lock
+from limpet.vmm import accel, lock, network
 
 _VERSIONS = {
     "qemu-system-x86_64": ["--version"], "qemu-img": ["--version"], "mmdebstrap": ["--version"], "git": ["--version"],
@@ -32,7 +31,7 @@ class Doctor:
 
     async def run(self) -> DoctorReport:
         rows = [*await asyncio.gather(*(_tool(name) for name in _VERSIONS)), _network_tool(), _python()]
-        rows += [_namespaces(), await self._accelerator(), self._space(), self._pieces()]
+        rows += [await _namespaces(), await self._accelerator(), self._space(), self._pieces()]
         rows += [Row(check="daemon", status="PASS", detail=f"limpetd, pid {os.getpid()}, serves {self._paths.data}")]
         return DoctorReport(rows=[*rows, *self._leftovers()])
 
@@ -119,11 +118,7 @@ async def _tool(name: str) -> Row:
 def _network_tool() -> Row:
     if process.find("passt") is None:
         return _warn("passt", "not installed: sandboxes have no network", "sudo apt-get install passt")
-    try:
-        routes = Path("/proc/net/route").read_text().splitlines()[1:]
-    except OSError:
-        routes = []
-    if not any(line.split()[1] == "00000000" for line in routes):
+    if network.available() is not None:
         return _warn("passt", "installed, but this host has no default route", "connect it, or use --network none")
     return Row(
         check="passt", status="PASS", detail="installed; guests reach out through it, never to the host's loopback"
@@ -134,20 +129,9 @@ def _python() -> Row:
     return Row(check="python", status="PASS", detail=platform.python_version())
 
 
-def _namespaces() -> Row:
-    """An ordinary user builds images in a user namespace with a range of sub-ids (subuid(5))."""
-    if os.getuid() == 0:
-        return Row(check="namespaces", status="PASS", detail="running as root: not needed")
-    import pwd
-
-    user = pwd.getpwuid(os.getuid()).pw_name
-    granted = any(
-        line.split(":")[0] in (user, str(os.getuid()))
-        for line in (Path("/etc/subuid").read_text().splitlines() if Path("/etc/subuid").exists() else ())
-    )
-    if process.find("newuidmap") is None:
-        return _warn("namespaces", "newuidmap is not installed: images cannot be built", "sudo apt-get install uidmap")
-    if not granted:
-        remedy = f"sudo usermod --add-subuids 100000-165535 --add-subgids 100000-165535 {user}"
-        return _warn("namespaces", f"{user} has no line in /etc/subuid: images cannot be built", remedy)
-    return Row(check="namespaces", status="PASS", detail=f"{user} has sub-ids for building images")
+async def _namespaces() -> Row:
+    """An ordinary user builds images in a user namespace with a range of sub-ids: `limpet setup` asks the same."""
+    if (problem := await images.namespace_problem()) is not None:
+        return _warn("namespaces", f"{problem[0]}: images cannot be built", problem[1])
+    why = "running as root: not needed" if os.getuid() == 0 else "this user can build images"
+    return Row(check="namespaces", status="PASS", detail=why)

@@ -40,11 +40,11 @@ async def reconcile(host: Host, sandboxes: Sandboxes) -> None:
 async def _one(host: Host, sandboxes: Sandboxes, record: SandboxRecord) -> None:
     try:
         if record.state is State.CREATING:
-            await _forget_unfinished(host, record)
+            await _forget_unfinished(host, sandboxes, record)
         elif held(host.paths.sandbox(record.id).lock):
             await _adopt(host, sandboxes, record)
         elif record.state not in (State.STOPPED, State.ERROR):
-            await _demote(host, record, "the VM ended while no daemon was watching")
+            await _demote(host, sandboxes, record, "the VM ended while no daemon was watching")
     except (LimpetError, OSError) as error:
         _log.error("reconcile.failed", sandbox=record.name, reason=str(error))
         host.events.emit("reconcile.failed", sandbox=record, reason=str(error))
@@ -55,7 +55,7 @@ async def _adopt(host: Host, sandboxes: Sandboxes, record: SandboxRecord) -> Non
     files = host.paths.sandbox(record.id)
     machine = await _recognised(record, files)
     if machine is None:
-        await _demote(host, record, "its VM could not be recognised any more")
+        await _demote(host, sandboxes, record, "its VM could not be recognised any more")
         return
     vm = LiveVM(record.id, machine, files)
     if record.started_at is not None:
@@ -82,7 +82,7 @@ async def _recognised(record: SandboxRecord, files: SandboxPaths) -> Machine | N
     return await Machine.adopt(found.to_dict()) if found else None
 
 
-async def _demote(host: Host, record: SandboxRecord, why: str) -> None:
+async def _demote(host: Host, sandboxes: Sandboxes, record: SandboxRecord, why: str) -> None:
     files = host.paths.sandbox(record.id)
     await end_leftovers(load_handles(files), files.lock)
     durable.remove_tree(files.sockets)
@@ -92,18 +92,11 @@ async def _demote(host: Host, record: SandboxRecord, why: str) -> None:
     host.records.update(record.id, state=state, error=why, boot_id=None)
     host.events.emit("sandbox.died", sandbox=record, reason=why)
     if record.spec.ephemeral:
-        _forget(host, record)
+        sandboxes.forget(record)
 
 
-async def _forget_unfinished(host: Host, record: SandboxRecord) -> None:
+async def _forget_unfinished(host: Host, sandboxes: Sandboxes, record: SandboxRecord) -> None:
     files = host.paths.sandbox(record.id)
     await end_leftovers(load_handles(files), files.lock)
-    _forget(host, record)
+    sandboxes.forget(record)
     host.events.emit("sandbox.create_failed", sandbox=record, reason="the daemon ended while it was being created")
-
-
-def _forget(host: Host, record: SandboxRecord) -> None:
-    host.records.delete(record.id)
-    files = host.paths.sandbox(record.id)
-    durable.remove_tree(files.root)
-    durable.remove_tree(files.sockets)

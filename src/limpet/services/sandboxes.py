@@ -63,6 +63,9 @@ class Sandboxes:
     async def get(self, name: str) -> Sandbox:
         return self._host.view(self._host.records.by_name(name))
 
+    def _view(self, sandbox_id: str) -> Sandbox:
+        return self._host.view(self._host.records.by_id(sandbox_id))
+
     # ── create ───────────────────────────────────────────────────────────────────────────────────────────────────
 
     async def create(self, request: CreateRequest) -> Operation:
@@ -74,15 +77,15 @@ class Sandboxes:
         record = SandboxRecord(new_id("sb"), name, State.CREATING, spec, datetime.now(UTC))
         self._host.records.insert(record)
 
-        async def work(stages: Stages) -> dict[str, Any]:
+        async def work(stages: Stages) -> Sandbox:
             try:
                 async with self._host.locks.lifecycle(record.id, f"create of {name}"):
                     await self._create(record, stages, start=request.start)
             except BaseException as error:
-                self._forget(record)
+                self.forget(record)
                 self._host.events.emit("sandbox.create_failed", sandbox=record, reason=str(error))
                 raise
-            return self._host.view(self._host.records.by_id(record.id)).model_dump(mode="json")
+            return self._view(record.id)
 
         return self._host.operations.start("create", name, work)
 
@@ -103,10 +106,10 @@ class Sandboxes:
     async def start(self, name: str) -> Operation:
         record = self._host.records.by_name(name)
 
-        async def work(stages: Stages) -> dict[str, Any]:
+        async def work(stages: Stages) -> Sandbox:
             async with self._host.locks.lifecycle(record.id, "start"):
                 await self.ensure_running(record.id, stages)
-            return self._host.view(self._host.records.by_id(record.id)).model_dump(mode="json")
+            return self._view(record.id)
 
         return self._host.operations.start("start", name, work)
 
@@ -136,9 +139,9 @@ class Sandboxes:
     async def stop(self, name: str, request: StopRequest) -> Operation:
         record = self._host.records.by_name(name)
 
-        async def work(stages: Stages) -> dict[str, Any]:
+        async def work(stages: Stages) -> StopResult:
             async with self._host.locks.lifecycle(record.id, "stop"), stages.run("stop"):
-                return (await self.stop_now(record, request)).model_dump(mode="json")
+                return await self.stop_now(record, request)
 
         return self._host.operations.start("stop", name, work)
 
@@ -165,12 +168,12 @@ class Sandboxes:
         if record.spec.ephemeral:
             raise FailedPrecondition(f"{name} is ephemeral: stopping removes it", hint="create it without --rm")
 
-        async def work(stages: Stages) -> dict[str, Any]:
+        async def work(stages: Stages) -> Sandbox:
             async with self._host.locks.lifecycle(record.id, "restart"):
                 async with stages.run("stop"):
                     await self.stop_now(record, request)
                 await self.ensure_running(record.id, stages)
-            return self._host.view(self._host.records.by_id(record.id)).model_dump(mode="json")
+            return self._view(record.id)
 
         return self._host.operations.start("restart", name, work)
 
@@ -179,7 +182,7 @@ class Sandboxes:
         record = self._host.records.by_name(name)
         signum = _signal_number(request.signal)
 
-        async def work(stages: Stages) -> dict[str, Any]:
+        async def work(stages: Stages) -> StopResult:
             async with self._host.locks.lifecycle(record.id, "kill"), stages.run("kill"):
                 vm = self._host.live.require(record.id, name)
                 vm.ended_by_us = True
@@ -192,8 +195,7 @@ class Sandboxes:
                 await self._ended(vm, record, State.STOPPED, None)
                 self._host.events.emit("sandbox.killed", sandbox=record, signal=request.signal)
             rung: Literal["sigterm", "sigkill"] = "sigterm" if signum == signal.SIGTERM else "sigkill"
-            result = StopResult(name=name, rung=rung, durability="killed", at_risk=[*stopping.AT_RISK])
-            return result.model_dump(mode="json")
+            return StopResult(name=name, rung=rung, durability="killed", at_risk=[*stopping.AT_RISK])
 
         return self._host.operations.start("kill", name, work)
 
@@ -226,13 +228,13 @@ class Sandboxes:
                 if (vm := self._host.live.get(record.id)) is not None:
                     await stopping.force_down(vm)
                     await self._ended(vm, record, State.STOPPED, None, keep=True)
-                self._forget(record)
+                self.forget(record)
                 self._host.events.emit("sandbox.removed", sandbox=record)
             return {}
 
         return self._host.operations.start("remove", name, work)
 
-    def _forget(self, record: SandboxRecord) -> None:
+    def forget(self, record: SandboxRecord) -> None:
         """The row goes first: a crash in between leaves a directory that doctor reports, never half a sandbox."""
         self._host.records.delete(record.id)
         files = self._host.paths.sandbox(record.id)
@@ -274,7 +276,7 @@ class Sandboxes:
             leftover.unlink(missing_ok=True)
         self._host.records.update(record.id, state=state, error=error, boot_id=None)
         if record.spec.ephemeral and not keep:
-            self._forget(record)
+            self.forget(record)
             self._host.events.emit("sandbox.removed", sandbox=record, why="ephemeral")
 
 
