@@ -1,6 +1,6 @@
 # limpet: every target says what it does; `make` alone lists them.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-unit check bench clean
+.PHONY: help demo test test-unit test-crash check bench clean
 
 VENV := .venv
 BIN  := $(VENV)/bin
@@ -21,6 +21,9 @@ test: $(VENV)/.installed check ## install what is missing and run all tests, rea
 
 test-unit: $(VENV)/.installed ## the tests that need no VM
 	@$(BIN)/pytest -q -m "not vm"
+
+test-crash: $(VENV)/.installed ## every crash point with every kind of fault: killed, failed, without its VM
+	@LIMPET_TEST_CRASH=all sh tools/test.sh tests/crash
 
 check: $(VENV)/.installed ## lint, types, layers, specification, generated code
 	@$(BIN)/ruff check .

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from limpet import durable, log, paths
 from limpet.api.app import create_app
@@ -18,23 +19,37 @@ from limpet.api.door import Services
 from limpet.api.server import serving
 from limpet.errors import LimpetError
 from limpet.services import timers
+from limpet.services.catalogue import Catalogue
+from limpet.services.checkpoints import Checkpoints
+from limpet.services.commits import Commits
+from limpet.services.config import Config
 from limpet.services.doctor import Doctor
 from limpet.services.events import Events
 from limpet.services.execs import Execs
 from limpet.services.files import Files
+from limpet.services.forks import Forks
 from limpet.services.host import Host
+from limpet.services.images import Images
 from limpet.services.live import LiveTable
 from limpet.services.locks import Locks
 from limpet.services.operations import Operations
+from limpet.services.pool import Pool
 from limpet.services.ports import Ports
 from limpet.services.reconcile import reconcile
 from limpet.services.records import Records
+from limpet.services.restoring import Restoring
 from limpet.services.sandboxes import Sandboxes
+from limpet.services.standing import Standing
+from limpet.services.starting import Starter
 from limpet.services.stats import StatsService
-from limpet.services.system import Images, System
+from limpet.services.storage import Storage
+from limpet.services.system import System
+from limpet.services.templatecache import TemplateCache
+from limpet.services.templates import Templates
 from limpet.services.workspace import Workspaces
 from limpet.store import Store
 from limpet.version import __version__
+from limpet.vmm.layers import Layers
 
 _log = log.get("daemon")
 
@@ -63,13 +78,14 @@ async def run(where: paths.Paths) -> None:
         for signum in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(signum, ended.set)
         host = build_host(where, store)
-        sandboxes = Sandboxes(host)
+        parts = build_parts(host)
         with log.operation():
-            await reconcile(host, sandboxes)
+            await reconcile(host, parts.sandboxes)
+        parts.pool.refill()
         info = {"pid": os.getpid(), "version": __version__}
         durable.replace_file(where.daemon_info, json.dumps(info).encode())
-        clock = asyncio.create_task(timers.run(host, sandboxes), name="timers")
-        app = create_app(build_services(host, sandboxes, ended.set))
+        clock = asyncio.create_task(timers.run(host, parts.sandboxes, parts.standing), name="timers")
+        app = create_app(build_services(host, parts, ended.set))
         try:
             async with serving(app, where.daemon_socket):
                 await ended.wait()
@@ -77,15 +93,27 @@ async def run(where: paths.Paths) -> None:
                 await host.operations.close()
         finally:
             clock.cancel()
+            await parts.templates.close()
+            await parts.pool.close()
             await let_go(host)
     finally:
         store.close()
         where.daemon_info.unlink(missing_ok=True)
 
 
+@dataclass(frozen=True)
+class Parts:
+    """The services that others are built from."""
+
+    templates: Templates
+    pool: Pool
+    sandboxes: Sandboxes
+    standing: Standing
+
+
 def build_host(where: paths.Paths, store: Store) -> Host:
     """The shared parts, once."""
-    records, live = Records(store), LiveTable()
+    records, live, layers = Records(store), LiveTable(), Layers(where.layers)
     return Host(
         paths=where,
         records=records,
@@ -94,21 +122,42 @@ def build_host(where: paths.Paths, store: Store) -> Host:
         locks=Locks(),
         live=live,
         ports=Ports(records, live),
+        layers=layers,
+        catalogue=Catalogue(where.checkpoints, layers),
+        templates=TemplateCache(where.templates, layers),
+        config=Config(store),
     )
 
 
-def build_services(host: Host, sandboxes: Sandboxes, end: Callable[[], None]) -> Services:
+def build_parts(host: Host) -> Parts:
+    """Starting comes before sandboxes, sandboxes before what is done with them."""
+    templates = Templates(host)
+    starter = Starter(host, templates)
+    pool = Pool(host, starter, templates)
+    sandboxes = Sandboxes(host, starter, pool)
+    return Parts(templates, pool, sandboxes, Standing(host, sandboxes))
+
+
+def build_services(host: Host, parts: Parts, end: Callable[[], None]) -> Services:
     """Everything that the API calls."""
+    storage = Storage(host, parts.templates)
     return Services(
         system=System(host, end),
-        sandboxes=sandboxes,
-        execs=Execs(host, sandboxes),
+        sandboxes=parts.sandboxes,
+        standing=parts.standing,
+        forks=Forks(host, parts.sandboxes),
+        commits=Commits(host),
+        checkpoints=Checkpoints(host, Restoring(host, parts.sandboxes)),
+        templates=parts.templates,
+        config=host.config,
+        storage=storage,
+        execs=Execs(host, parts.sandboxes),
         files=Files(host),
         ports=host.ports,
         workspaces=Workspaces(host),
-        images=Images(host),
-        doctor=Doctor(host.paths, host.records, host.live),
-        stats=StatsService(host.paths, host.records, host.live),
+        images=Images(host, storage),
+        doctor=Doctor(host),
+        stats=StatsService(host.paths, host.records, host.live, host.layers),
         operations=host.operations,
         events=host.events,
     )

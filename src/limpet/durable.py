@@ -13,6 +13,8 @@ import errno
 import os
 import shutil
 import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from limpet.errors import InsufficientSpace, LimpetError
@@ -68,10 +70,24 @@ def sync_directory(path: Path) -> None:
 
 def remove_tree(path: Path) -> None:
     """Remove a directory so that a crash never leaves half of it under its name: rename aside, then delete."""
+    with set_aside(path):
+        pass
+
+
+@contextlib.contextmanager
+def set_aside(path: Path) -> Iterator[None]:
+    """Take a directory, if there is one, away from its name for the length of the block, at whose end it is deleted.
+    When the block raises it has its name again."""
     doomed = path.with_name(f"{_PREFIX}rm-{path.name}")
     with contextlib.suppress(FileNotFoundError):
         path.rename(doomed)
         sync_directory(path.parent)
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            doomed.rename(path)
+        raise
     shutil.rmtree(doomed, ignore_errors=True)
 
 
@@ -80,9 +96,11 @@ def staging(directory: Path, name: str) -> Path:
     return Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{name}-", dir=directory))
 
 
-def sweep(directory: Path) -> list[Path]:
-    """Delete what a crash left unfinished in `directory`; returns the paths."""
+def sweep(directory: Path, *, age: float = 0.0) -> list[Path]:
+    """Delete what a crash left unfinished in `directory`; returns the paths. `age` in seconds: only what is older,
+    where another process may be at work."""
     strays = [child for child in directory.iterdir() if child.name.startswith(_PREFIX)] if directory.is_dir() else []
+    strays = [stray for stray in strays if not age or time.time() - stray.lstat().st_mtime > age]
     for stray in strays:
         if stray.is_dir() and not stray.is_symlink():
             shutil.rmtree(stray, ignore_errors=True)

@@ -4,20 +4,26 @@
       limpet.db                 SQLite: what every sandbox *is* (spec, state, workspace), events, operations
       limpet.db.bak             a copy of it, at most a day old while the daemon runs
       lock                      flock: one daemon per state directory
-      sandboxes/<id>/           everything of one sandbox; removed with it
-        root.qcow2              system disk, an overlay over images/<name>/<digest>/root.raw
-        data.qcow2              data disk (@home, @workspace), standalone: a copy of the blank Btrfs disk
+      layers/<id>.qcow2         what disks are made of: each lies on another one or on an image's root.raw; the
+                                database says which are whose
+      checkpoints/<id>/         one instant of a sandbox: checkpoint.json (spec, layers, digests), and of its memory
+                                ram (sparse), state (devices), agent.squashfs (what it had mounted)
+      sandboxes/<id>/           everything else of one sandbox; removed with it
         intake.raw              scratch for bulk host → guest; sparse, meaningless after a stop
+        agent.squashfs          the agent disk that its VM has mounted: another name of it (a hard link)
         handles.json            what is true now: pids, start times, sockets; rebuilt from the live system
         vm.lock                 flock held by QEMU: "locked" is what "running" means
         console.log             serial console, bounded
         agent.log               the guest agent's own log, bounded
         qemu.log                QEMU's stderr, bounded
-      images/<name>/<digest>/   image: root.raw and image.json, named by content; sandboxes' root disks build on it
-      images/<name>/current     which of them the name means
+      images/<name>/<digest>/   image: root.raw, data.raw (unless its data disk is blank) and image.json, named by
+                                content; sandboxes' disks build on it
+      images/<name>/current     which of them the name means: the tag `latest`
+      images/<name>/tags/<tag>  which of them `<name>:<tag>` means
     cache/                      can be made again by `limpet setup`
       pieces/<key>/             kernel, modules, guest Python: unpacked from Debian packages
       artifacts/<name>-<key>    vmlinux, initramfs, agent disk, blank data disk: content-addressed
+      templates/<key>/          a booted, warmed VM: template.json, ram, state, root.qcow2, data.qcow2
       setup.lock                flock: one setup at a time
       probe.json                the accelerator verdict and its key
     run/                        gone after a reboot; 0700
@@ -54,16 +60,17 @@ class SandboxPaths:
     sockets: Path
 
     @property
-    def root_disk(self) -> Path:
-        return self.root / "root.qcow2"
-
-    @property
-    def data_disk(self) -> Path:
-        return self.root / "data.qcow2"
+    def old_disks(self) -> dict[str, Path]:
+        """Where limpet 0.1 had the disks; they become layers when a newer daemon first starts."""
+        return {name: self.root / f"{name}.qcow2" for name in ("root", "data")}
 
     @property
     def intake(self) -> Path:
         return self.root / "intake.raw"
+
+    @property
+    def agent_disk(self) -> Path:
+        return self.root / "agent.squashfs"
 
     @property
     def handles(self) -> Path:
@@ -119,6 +126,18 @@ class Paths:
         return self.data / "sandboxes"
 
     @property
+    def layers(self) -> Path:
+        return self.data / "layers"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.data / "checkpoints"
+
+    @property
+    def templates(self) -> Path:
+        return self.cache / "templates"
+
+    @property
     def pieces(self) -> Path:
         return self.cache / "pieces"
 
@@ -129,6 +148,18 @@ class Paths:
     @property
     def images(self) -> Path:
         return self.data / "images"
+
+    def image(self, name: str) -> Path:
+        """Everything of the images with this name."""
+        return self.images / name
+
+    def image_tags(self, name: str) -> Path:
+        """One file for each tag but `latest`."""
+        return self.image(name) / "tags"
+
+    def image_tag(self, name: str, tag: str) -> Path:
+        """Which version a tag means."""
+        return self.image(name) / "current" if tag == "latest" else self.image_tags(name) / tag
 
     @property
     def setup_lock(self) -> Path:
@@ -169,7 +200,7 @@ class Paths:
 
     def make(self) -> None:
         """Create the roots (0700 where only the user has business). Raises FailedPrecondition when one cannot be."""
-        for directory in (self.data, self.sandboxes, self.cache, self.run, self.sockets):
+        for directory in (self.data, self.sandboxes, self.layers, self.checkpoints, self.cache, self.run, self.sockets):
             try:
                 directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             except OSError as error:

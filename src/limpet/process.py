@@ -129,13 +129,15 @@ async def run(
     timeout: float = 600.0,
     check: bool = True,
     stdout: int | None = None,
+    pass_fds: Sequence[int] = (),
 ) -> Completed:
     """Run a command to its end and return what it wrote. `timeout` is in seconds; `stdout` may be a descriptor to
-    write to instead of being collected. Raises CommandFailed (when `check`), DeadlineExceeded, Unavailable."""
+    write to instead of being collected; `pass_fds` are inherited. Raises CommandFailed (when `check`),
+    DeadlineExceeded, Unavailable."""
     process = await asyncio.create_subprocess_exec(
         require(argv[0]), *argv[1:], cwd=cwd, env=_environment(env), start_new_session=True,
         stdin=subprocess.DEVNULL if input is None else subprocess.PIPE,
-        stdout=subprocess.PIPE if stdout is None else stdout, stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE if stdout is None else stdout, stderr=subprocess.PIPE, pass_fds=pass_fds,
     )  # fmt: skip
     try:
         async with asyncio.timeout(timeout):

@@ -23,10 +23,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
+    from limpet_agent.freezing import Standstill
+
     Params = dict[str, Any]
 
 _DATA_PATIENCE = 30.0  # seconds that operations wait for the data disk
 _DATA_LOOK = 0.01
+_FROZEN_AT_MOST = 30.0  # seconds
 
 
 class Agent:
@@ -34,7 +37,7 @@ class Agent:
 
     def __init__(
         self, config: Config, supervisor: Socket, listener: Socket | None, held: dict[str, Held],
-        ended: dict[str, Params], starts: int,
+        ended: dict[str, Params], starts: int, boot_id: str,
     ) -> None:  # fmt: skip
         self.config = config
         self.log = Log(config.log)
@@ -42,25 +45,29 @@ class Agent:
         self._starts = starts
         self._supervisor = supervisor
         self._keeper = Keeper(supervisor, self.log)
-        self.boot_id = system.boot_id()
-        self._execs = Execs(self.loop, self._keeper, config.state, self.boot_id, protect=not config.local)
+        # The kernel's own, by which commands of this boot are known; what `ping` tells may have been renewed.
+        self._execs = Execs(self.loop, self._keeper, config.state, boot_id, protect=not config.local)
         self._execs.adopt(held, ended)
         self._intake: Intake | None = None
         self._waiting: list[Callable[[], None]] = []
         self._data = "ready" if config.local else "waiting"
         self._began = time.monotonic()
         link = self._link(listener)
+        self._standstill: Standstill | None = None
+        self._host = link
         self.mux = Mux(link, self._opened, self._open_intake, self.log)
         self.loop.before_wait = self.mux.flush
         self._short: dict[str, Callable[[Stream, Params], None]] = {
             "ping": self._ping, "system": self._system, "hostname": self._hostname, "log": self._send_log,
-            "poweroff": self._poweroff,
+            "poweroff": self._thawed(self._poweroff), "renew": self._thawed(self._renew), "warm": self._warm,
+            "fs.thaw": self._thaw,
         }  # fmt: skip
         execs = self._execs
         self._after_data: dict[str, Callable[[Stream, Params], None]] = {
             "exec.start": execs.op_start, "exec.attach": execs.op_attach, "exec.list": execs.op_list,
             "exec.get": execs.op_get, "exec.signal": execs.op_signal, "exec.wait": execs.op_wait,
             "exec.stdin": execs.op_stdin, "tcp.connect": self._tcp, "sync": self._in_thread("sync"),
+            "fs.freeze": self._freeze,
         }  # fmt: skip
         for name in ("stat", "list", "read", "write", "mkdir", "rename", "remove", "pack", "unpack"):
             self._after_data["fs." + name] = self._in_thread(name)
@@ -112,7 +119,7 @@ class Agent:
             self._guarded(self._short[op], stream, params)
         elif op in self._after_data:
             handler = self._after_data[op]
-            if self._data == "waiting":
+            if self._data == "waiting" or self._standstill is not None:
                 self._waiting.append(lambda: self._guarded(handler, stream, params))
             else:
                 self._guarded(handler, stream, params)
@@ -164,7 +171,7 @@ class Agent:
         if params.get("time_ns") is not None:
             system.set_clock(params["time_ns"])
         stream.answer({
-            "version": VERSION, "protocol": PROTOCOL, "boot_id": self.boot_id, "time_ns": time.time_ns(),
+            "version": VERSION, "protocol": PROTOCOL, "boot_id": system.boot_id(), "time_ns": time.time_ns(),
             "agent_pid": os.getpid(), "agent_starts": self._starts, "uptime": system.uptime(), "data": self._data,
         })  # fmt: skip
 
@@ -191,6 +198,62 @@ class Agent:
         stream.answer({"ok": True})
         self.loop.after(0.01, self._keeper.poweroff)  # let the answer leave first
 
+    # -- identity, and standing still
+
+    def _renew(self, stream: Stream, params: Params) -> None:
+        from limpet_agent import renewal
+
+        self._only_in_a_machine()
+        answer = renewal.renew(params)
+        self.log("renewed", stream.op_id, failed=answer["failed"])
+        stream.answer(answer)
+
+    def _warm(self, stream: Stream, _params: Params) -> None:
+        from limpet_agent import renewal
+
+        renewal.warm()
+        if not self.config.local:
+            renewal.cover_boot_id()
+        stream.answer({"ok": True})
+
+    def _freeze(self, stream: Stream, params: Params) -> None:
+        """From now until the thaw only the channel is served: nothing here may wait for a frozen disk."""
+        from limpet_agent.freezing import Standstill
+
+        self._only_in_a_machine()
+        seconds = params.get("seconds")
+        if not isinstance(seconds, (int, float)) or not 0 < seconds <= _FROZEN_AT_MOST:
+            raise Fault("bad_request", f"seconds must be between 0 and {_FROZEN_AT_MOST}")
+        if stream.open:  # it may have waited for an earlier thaw, and the host gone meanwhile
+            self._standstill = Standstill(self.loop, self._keeper, self._go_on)
+            self._standstill.begin(self._host.fileno(), seconds, stream.answer)
+
+    def _thaw(self, stream: Stream, _params: Params) -> None:
+        if self._standstill is None:
+            stream.answer({"was_frozen": False})
+        else:
+            self._standstill.end(lambda whole: stream.answer({"was_frozen": whole}))
+
+    def _go_on(self) -> None:
+        self._standstill = None
+        self.log("thawed")
+        self._release()
+
+    def _thawed(self, handler: Callable[[Stream, Params], None]) -> Callable[[Stream, Params], None]:
+        """A handler for which frozen disks are thawed first, because it writes to them."""
+
+        def after_thaw(stream: Stream, params: Params) -> None:
+            if self._standstill is None:
+                handler(stream, params)
+            else:
+                self._standstill.end(lambda _whole: self._guarded(handler, stream, params))
+
+        return after_thaw
+
+    def _only_in_a_machine(self) -> None:
+        if self.config.local:
+            raise Fault("failed_precondition", "this agent is an ordinary process: the machine is not its own")
+
     # -- the data disk
 
     def _look_for_data(self) -> None:
@@ -206,9 +269,13 @@ class Agent:
             self.loop.after(_DATA_LOOK, self._look_for_data)
             return
         self.log("data disk", state=self._data)
-        for call in self._waiting:
+        self._release()
+
+    def _release(self) -> None:
+        """Begin with what had to wait."""
+        waiting, self._waiting = self._waiting, []
+        for call in waiting:
             call()
-        self._waiting.clear()
 
 
 def _where(error: BaseException) -> str:

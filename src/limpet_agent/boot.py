@@ -32,7 +32,7 @@ _AF_INET = 2
 def prepare(config: Config) -> None:
     """Bring the machine from where the initramfs left it to where commands can run. Raises nothing."""
     log = Log(config.log)
-    for step in (_directories, _mounts, _sysctls, _protect, _hostname, _network):
+    for step in (_directories, _mounts, _sysctls, _protect, _identity, _network):
         try:
             step(config)
         except (OSError, ValueError) as error:
@@ -67,11 +67,72 @@ def _protect(_config: Config) -> None:
     _write("/proc/self/oom_score_adj", "-1000")  # inherited by the agent; commands set it back
 
 
-def _hostname(_config: Config) -> None:
-    name = parameters().get("limpet.hostname")
-    if name:
-        _write("/proc/sys/kernel/hostname", name)
-        _name_in_hosts(name)
+def _identity(_config: Config) -> None:
+    told = parameters()
+    if told.get("limpet.hostname"):
+        become(told["limpet.hostname"])
+    if told.get("limpet.machine_id"):
+        be_machine(told["limpet.machine_id"])
+
+
+def become(name: str) -> None:
+    """Be called `name`. Raises OSError."""
+    _write("/proc/sys/kernel/hostname", name)
+    _replace("/etc/hostname", name + "\n")  # makes /etc if need be
+    _name_in_hosts(name)
+
+
+def be_machine(machine_id: str) -> None:
+    """Have this machine-id (machine-id(5)). What was another machine's goes with its id: ssh host keys are made anew
+    where there is a server for them, beside the boot. Raises OSError."""
+    before = _text("/etc/machine-id").strip()
+    if before == machine_id:
+        return
+    _replace("/etc/machine-id", machine_id + "\n", 0o444)
+    if os.path.isfile("/var/lib/dbus/machine-id") and not os.path.islink("/var/lib/dbus/machine-id"):
+        _replace("/var/lib/dbus/machine-id", machine_id + "\n", 0o444)
+    keys = [name for name in _entries("/etc/ssh") if name.startswith("ssh_host_") and "_key" in name]
+    for name in keys:
+        os.unlink("/etc/ssh/" + name)
+    if os.path.exists("/usr/bin/ssh-keygen") and os.path.exists("/etc/ssh/sshd_config"):
+        script = "(ssh-keygen -A; pkill -HUP -x sshd) &"  # an orphan, which PID 1 reaps
+        pid = os.posix_spawn("/bin/sh", ["sh", "-c", script], {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"})
+        os.waitpid(pid, 0)
+
+
+def _entries(directory: str) -> list[str]:
+    try:
+        return os.listdir(directory)
+    except OSError:
+        return []
+
+
+def _text(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read(4096)
+    except OSError:
+        return ""
+
+
+def _replace(path: str, text: str, mode: int = 0o644) -> None:
+    """Write a small file; unchanged content is left alone. In place: a block is written whole or not at all, and under
+    emulation making a file anew costs five times more. Shortened only then, never to nothing, which ext4 would take
+    for a reason to write at once."""
+    content = text.encode("utf-8", "surrogateescape")
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, mode)
+    try:
+        before = os.read(fd, 1 << 20)
+        if before != content:
+            os.pwrite(fd, content, 0)
+            if len(before) > len(content):
+                os.ftruncate(fd, len(content))
+    finally:
+        os.close(fd)
 
 
 def _name_in_hosts(name: str, path: str = "/etc/hosts") -> None:
@@ -82,9 +143,7 @@ def _name_in_hosts(name: str, path: str = "/etc/hosts") -> None:
     except FileNotFoundError:
         lines = ["127.0.0.1 localhost", "::1 localhost"]
     wanted = [line for line in lines if line.split()[:1] != ["127.0.1.1"]] + [f"127.0.1.1 {name}"]
-    if wanted != lines:
-        with open(path, "w", encoding="utf-8", errors="surrogateescape") as file:
-            file.write("\n".join(wanted) + "\n")
+    _replace(path, "\n".join(wanted) + "\n")
 
 
 def _network(_config: Config) -> None:
@@ -96,17 +155,18 @@ def _network(_config: Config) -> None:
         _interface_up(control.fileno(), "lo")
         wanted = parameters().get("limpet.net", "").split(",")
         if len(wanted) == 3:
-            _configure(control.fileno(), *wanted)
+            configure(control.fileno(), *wanted)
     finally:
         control.close()
 
 
-def _configure(control: int, cidr: str, gateway: str, dns: str) -> None:
+def configure(control: int, cidr: str, gateway: str, dns: str) -> None:
+    """Give the wired interface its address, the way out and the name server, and switch it on. Raises OSError."""
     import fcntl
 
     address, _, bits = cidr.partition("/")
     mask = (0xFFFFFFFF << (32 - int(bits or 24)) & 0xFFFFFFFF).to_bytes(4, "big")
-    device = _wired()
+    device = wired()
     fcntl.ioctl(control, _SIOCSIFADDR, pack("16s16s8x", device.encode(), _socket_address(_quad(address))))
     fcntl.ioctl(control, _SIOCSIFNETMASK, pack("16s16s8x", device.encode(), _socket_address(mask)))
     _interface_up(control, device)
@@ -119,9 +179,9 @@ def _configure(control: int, cidr: str, gateway: str, dns: str) -> None:
     _write("/etc/resolv.conf", f"nameserver {dns}\n", os.O_CREAT | os.O_TRUNC)
 
 
-def _wired() -> str:
-    """The first interface that is not loopback; it appears a moment after its module."""
-    for _ in range(200):
+def wired(*, wait: bool = True) -> str:
+    """The first interface that is not loopback; it appears a moment after its module. Raises OSError."""
+    for _ in range(200 if wait else 1):
         names = sorted(set(os.listdir("/sys/class/net")) - {"lo"})
         if names:
             return names[0]

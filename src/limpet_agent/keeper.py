@@ -2,7 +2,7 @@
 
 One SOCK_SEQPACKET pair between agent and PID 1; each message is one JSON object, with descriptors (SCM_RIGHTS) in the
 order of its "fds" names. Agent → PID 1: {"keep": id, "about": {…}, "fds": […]}, {"drop_stdin": id},
-{"forget": id, "info": {…} | null}, {"poweroff": true}.
+{"forget": id, "info": {…} | null}, {"frozen": seconds | null}, {"poweroff": true}.
 PID 1 → agent: {"ended": pid, "status": n} for commands that an earlier agent started.
 """
 
@@ -111,6 +111,10 @@ class Keeper:
     def adopted(self, ident: str, held: Held) -> None:
         """A command taken over from an earlier agent: PID 1 has these already."""
         self._known[ident] = set(held.fds)
+
+    def frozen(self, seconds: float | None) -> None:
+        """Tell PID 1 that file systems stand still for at most so long, or (None) no more."""
+        send(self._socket, {"frozen": seconds})
 
     def poweroff(self) -> None:
         """Ask PID 1 to end everything."""

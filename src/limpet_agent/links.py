@@ -34,6 +34,10 @@ class Link:
         self.writable: Callable[[], None] = lambda: None
         self.lost: Callable[[], None] = lambda: None
 
+    def fileno(self) -> int:
+        """The descriptor that is watched; -1 when no host is connected."""
+        return self._fd
+
     def write(self, buffers: Buffers) -> int:
         """Bytes taken; 0 when the host does not read just now (or is not there)."""
         if self._fd < 0:

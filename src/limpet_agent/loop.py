@@ -16,12 +16,12 @@ IN, OUT, HUP, EDGE = select.EPOLLIN, select.EPOLLOUT, select.EPOLLHUP, select.EP
 
 
 class Timer:
-    """A call that is due at `when`; `cancel` makes it do nothing."""
+    """A call that is due at `when`; `cancel` makes it do nothing. An `urgent` one does not wait while `hold` is on."""
 
-    __slots__ = ("call", "when")
+    __slots__ = ("call", "urgent", "when")
 
-    def __init__(self, when: float, call: Callable[[], None]) -> None:
-        self.when = when
+    def __init__(self, when: float, call: Callable[[], None], urgent: bool) -> None:
+        self.when, self.urgent = when, urgent
         self.call: Callable[[], None] | None = call
 
     def cancel(self) -> None:
@@ -36,18 +36,22 @@ class Loop:
 
     def __init__(self, on_error: Callable[[BaseException], None]) -> None:
         self._epoll = select.epoll()
-        self._handlers: dict[int, Callable[[int], None]] = {}
+        self._handlers: dict[int, tuple[int, Callable[[int], None]]] = {}
         self._timers: list[Timer] = []
+        self._put_off: list[Timer] = []
         self._soon: deque[Callable[[], None]] = deque()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._on_error = on_error
         self.before_wait: Callable[[], None] = lambda: None  # the end of every turn
+        self._only: frozenset[int] | None = None
         self.watch(self._wake, IN, self._woken)
 
     def watch(self, fd: int, events: int, handler: Callable[[int], None]) -> None:
         """Call `handler(events)` whenever `fd` is ready; replaces an earlier watch of the same descriptor."""
         known = fd in self._handlers
-        self._handlers[fd] = handler
+        self._handlers[fd] = (events, handler)
+        if self._only is not None and fd not in self._only:
+            events = EDGE
         if known:
             self._epoll.modify(fd, events)
         else:
@@ -58,11 +62,22 @@ class Loop:
         if self._handlers.pop(fd, None) is not None:
             self._epoll.unregister(fd)
 
-    def after(self, seconds: float, call: Callable[[], None]) -> Timer:
+    def after(self, seconds: float, call: Callable[[], None], *, urgent: bool = False) -> Timer:
         """Call once after `seconds`."""
-        timer = Timer(time.monotonic() + seconds, call)
+        timer = Timer(time.monotonic() + seconds, call, urgent)
         heappush(self._timers, timer)
         return timer
+
+    def hold(self, fds: frozenset[int] | None) -> None:
+        """Handle these descriptors and urgent timers only, until called with None: the others wait, none is lost."""
+        self._only = None if fds is None else fds | {self._wake}
+        for fd, (events, _handler) in self._handlers.items():
+            wanted = events if self._only is None or fd in self._only else EDGE  # 0 would report a hang-up for ever
+            self._epoll.modify(fd, wanted)
+        if fds is None:
+            for timer in self._put_off:
+                heappush(self._timers, timer)
+            self._put_off.clear()
 
     def soon(self, call: Callable[[], None]) -> None:
         """Call in the next turn. Only from the loop's own thread."""
@@ -82,18 +97,20 @@ class Loop:
         """Wait for something and handle it. An exception in one callback is reported and harms no other."""
         self._guarded(self.before_wait)
         for fd, events in self._epoll.poll(self._patience()):
-            handler = self._handlers.get(fd)
-            if handler is not None:
+            entry = self._handlers.get(fd)
+            if entry is not None and (self._only is None or fd in self._only):
                 try:
-                    handler(events)
+                    entry[1](events)
                 except Exception as error:
                     self._on_error(error)
         for _ in range(len(self._soon)):
             self._guarded(self._soon.popleft())
         while self._timers and self._timers[0].when <= time.monotonic():
-            call = heappop(self._timers).call
-            if call is not None:
-                self._guarded(call)
+            timer = heappop(self._timers)
+            if timer.call is not None and self._only is not None and not timer.urgent:
+                self._put_off.append(timer)
+            elif timer.call is not None:
+                self._guarded(timer.call)
 
     def _guarded(self, call: Callable[[], None]) -> None:
         try:

@@ -14,7 +14,7 @@ import time
 from _socket import AF_UNIX, SOCK_CLOEXEC, SOCK_NONBLOCK, SOCK_SEQPACKET, SOCK_STREAM, socketpair
 from _socket import socket as Socket
 
-from limpet_agent import boot, config, execs, keeper
+from limpet_agent import boot, config, execs, keeper, system
 from limpet_agent.agent import Agent
 from limpet_agent.agentlog import Log
 from limpet_agent.faults import Fault
@@ -50,6 +50,8 @@ class Supervisor:
         self._failures = 0
         self._starts = 0
         self._start_at: float | None = 0.0
+        self._thaw_at: float | None = None
+        self._boot_id = system.boot_id()  # the kernel's own, read before it may be covered by a renewed one
 
     def run(self) -> None:
         """Supervise until the machine is powered off (or, as an ordinary process, asked to stop)."""
@@ -57,12 +59,15 @@ class Supervisor:
             if self._start_at is not None and self._start_at <= time.monotonic():
                 self._start_agent()
             try:
+                if self._thaw_at is not None and self._thaw_at <= time.monotonic():
+                    self._thaw()
                 self._turn()
             except (OSError, Fault) as error:
                 self._log("supervisor", error=repr(error))
 
     def _turn(self) -> None:
-        patience = None if self._start_at is None else max(self._start_at - time.monotonic(), 0) * 1000
+        due = [moment for moment in (self._start_at, self._thaw_at) if moment is not None]
+        patience = max(min(due) - time.monotonic(), 0) * 1000 if due else None
         for fd, _events in self._poll.poll(patience):
             if fd == self._wake:
                 _drain(fd)
@@ -92,7 +97,7 @@ class Supervisor:
             for number in (*_IGNORED, signal.SIGCHLD):
                 signal.signal(number, signal.SIG_DFL)
             os.setsid()
-            Agent(self._config, socket, self._listener, self._held, self._ended, self._starts).run()
+            Agent(self._config, socket, self._listener, self._held, self._ended, self._starts, self._boot_id).run()
         except BaseException as error:
             self._log("agent failed", error=repr(error))
         finally:
@@ -105,6 +110,8 @@ class Supervisor:
             self._poll.unregister(self._socket.fileno())
             self._socket.close()
             self._socket = None
+        if self._thaw_at is not None:
+            self._thaw()
         self._agent = 0
         self._failures = 0 if time.monotonic() - self._born > _STEADY else self._failures + 1
         pause = _RESTART_PAUSES[min(self._failures, len(_RESTART_PAUSES) - 1)]
@@ -144,8 +151,19 @@ class Supervisor:
             self._remember(message["forget"], message["info"])
         elif "drop_stdin" in message and message["drop_stdin"] in self._held:
             self._held[message["drop_stdin"]].close("stdin")
+        elif "frozen" in message:
+            seconds = message["frozen"]
+            self._thaw_at = None if seconds is None else time.monotonic() + seconds
         elif "poweroff" in message:
             boot.poweroff(self._config, [held.about["pid"] for held in self._held.values()], self._agent)
+
+    def _thaw(self) -> None:
+        """The agent froze file systems and did not thaw them."""
+        from limpet_agent import freezing
+
+        self._thaw_at = None
+        freezing.thaw(freezing.file_systems())
+        self._log("thawed without the agent")
 
     def _remember(self, ident: str, info: dict[str, Any] | None) -> None:
         if info is None:

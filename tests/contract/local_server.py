@@ -18,14 +18,15 @@ from limpet.api.app import create_app
 from limpet.api.door import Services
 from limpet.api.server import serving
 from limpet.paths import Paths
+from limpet.services.config import Config
 from limpet.services.events import Events
 from limpet.services.operations import Operations
 from limpet.store import Store
+from tests.contract.local_moments import PlayedCheckpoints, PlayedImages, PlayedStorage, PlayedTemplates
 from tests.contract.local_services import (
     DirectoryFiles,
     LocalStats,
     LocalSystem,
-    NoImages,
     NoPorts,
     PlayedExecs,
     PlayedSandboxes,
@@ -67,11 +68,14 @@ class Running:
         store = Store.open(self.paths)
         self.operations, self.events = Operations(store), Events(store)
         self.sandboxes = PlayedSandboxes(self.operations)
+        self.images, self.storage = PlayedImages(self.operations), PlayedStorage(self.operations)
         nothing = cast(Any, None)
         services = Services(
-            system=LocalSystem(self.paths.data), sandboxes=self.sandboxes, execs=self.execs, files=self.files,
-            ports=NoPorts(), workspaces=nothing, images=NoImages(), doctor=nothing, stats=LocalStats(),
-            operations=self.operations, events=self.events,
+            system=LocalSystem(self.paths.data), sandboxes=self.sandboxes, standing=self.sandboxes,
+            forks=self.sandboxes, commits=self.sandboxes, execs=self.execs, files=self.files,
+            ports=NoPorts(), workspaces=nothing, images=self.images, checkpoints=PlayedCheckpoints(self.sandboxes),
+            templates=PlayedTemplates(self.operations), config=Config(store), storage=self.storage, doctor=nothing,
+            stats=LocalStats(), operations=self.operations, events=self.events,
         )  # fmt: skip
         try:
             async with serving(create_app(services), self.socket, ping=0.1):

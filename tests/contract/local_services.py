@@ -13,14 +13,13 @@ from typing import Any
 
 from limpet import PROTOCOL
 from limpet.api.door import LaneName, LogSource
-from limpet.errors import AlreadyExists, FailedPrecondition, NotFound, nearest
+from limpet.errors import AlreadyExists, FailedPrecondition, NotFound
 from limpet.models import (
     CreateRequest,
     DaemonStatus,
     ExecInfo,
     ExecRequest,
     FileInfo,
-    ImageInfo,
     KillRequest,
     Operation,
     PortMapping,
@@ -38,11 +37,12 @@ from limpet.models import (
 from limpet.names import new_id
 from limpet.services.operations import Operations, Stages
 from limpet.services.streams import ExecEvent, Exit, FileBody, Gap, Output, Started
+from tests.contract.local_moments import PlayedMoments
 
 CHUNK = 256 << 10
 
 
-class PlayedSandboxes:
+class PlayedSandboxes(PlayedMoments):
     """Sandboxes that are records only. A create of the image "slow" waits until it is cancelled."""
 
     def __init__(self, operations: Operations) -> None:
@@ -75,11 +75,6 @@ class PlayedSandboxes:
 
     async def list(self, labels: Mapping[str, str]) -> Sequence[Sandbox]:
         return [one for one in self.known.values() if labels.items() <= one.spec.labels.items()]
-
-    async def get(self, name: str) -> Sandbox:
-        if name not in self.known:
-            raise NotFound(f"no sandbox named {name!r}", hint=nearest(name, self.known))
-        return self.known[name]
 
     async def set(self, name: str, request: SetRequest) -> SetResult:
         return SetResult(sandbox=await self.get(name), applied=[*request.model_fields_set], at_next_start=[])
@@ -321,8 +316,3 @@ class NoPorts:
 
     async def remove(self, name: str, host: int) -> None:
         raise NotFound(f"{name} does not publish host port {host}")
-
-
-class NoImages:
-    async def list(self) -> Sequence[ImageInfo]:
-        return []

@@ -41,10 +41,11 @@ from limpet.models import (
 from limpet.names import new_id
 from limpet.services.operations import Operations, Stages
 from limpet.services.streams import ExecEvent, Exit, Output, Started
+from tests.contract.local_moments import PlayedMoments
 from tests.contract.local_services import DirectoryFiles
 
 
-class Boxes:
+class Boxes(PlayedMoments):
     """Sandboxes that are records. A create of the image "slow" waits until it is cancelled."""
 
     def __init__(self, operations: Operations) -> None:
@@ -52,6 +53,7 @@ class Boxes:
         self.known: dict[str, Sandbox] = {}
         self.begun: list[str] = []
         self.undone: list[str] = []
+        self.created: list[CreateRequest] = []
 
     async def create(self, request: CreateRequest) -> Operation:
         name = request.name or "made-up"
@@ -68,7 +70,10 @@ class Boxes:
                 except asyncio.CancelledError:
                     self.undone.append(name)
                     raise
+            self.created.append(request)
             given = request.model_dump(exclude={"name", "start"})
+            if request.image == "served":
+                given["entrypoint"] = request.entrypoint or ["echo", "from the entrypoint"]
             state = State.RUNNING if request.start else State.STOPPED
             self.known[name] = Sandbox(
                 id=new_id("sb"), name=name, state=state, spec=SandboxSpec(**given), created_at=datetime.now(UTC),
@@ -86,10 +91,9 @@ class Boxes:
             raise NotFound(f"no sandbox named '{name}'", hint=nearest(name, self.known))
         return self.known[name]
 
-    async def get(self, name: str) -> Sandbox:
-        return self.one(name)
-
     async def set(self, name: str, request: SetRequest) -> SetResult:
+        if request.dry_run:
+            return SetResult(sandbox=self.one(name), applied=[], at_next_start=sorted(request.model_fields_set))
         box = self.known.pop(self.one(name).name)
         box.name = request.name or name
         self.known[box.name] = box

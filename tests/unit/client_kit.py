@@ -29,7 +29,6 @@ from limpet.models import (
     Changes,
     DoctorReport,
     Drift,
-    ImageInfo,
     ImportRequest,
     ImportResult,
     Operation,
@@ -42,10 +41,12 @@ from limpet.models import (
 )
 from limpet.names import new_id
 from limpet.paths import discover
+from limpet.services.config import Config
 from limpet.services.events import Events
 from limpet.services.operations import Operations, Stages
 from limpet.services.streams import PatchBody
 from limpet.store import Store
+from tests.contract.local_moments import PlayedCheckpoints, PlayedImages, PlayedStorage, PlayedTemplates
 from tests.contract.local_services import LocalStats, LocalSystem
 
 from .client_guest import Boxes, GuestFiles, LocalExecs
@@ -137,11 +138,6 @@ class PlayedDoctor:
         return DoctorReport(rows=[Row(check="disk", status="FAIL", detail="full")], repaired=["a lock"])
 
 
-class PlayedImages:
-    async def list(self) -> Sequence[ImageInfo]:
-        return [ImageInfo(name="base", digest="sha256:00", size=1, disk_used=2048, created_at=datetime.now(UTC))]
-
-
 class StandIn:
     """The daemon of these tests, in a thread."""
 
@@ -176,11 +172,15 @@ class StandIn:
         self.boxes = Boxes(self.operations)
         self.local_execs = LocalExecs(self.boxes, self.guest)
         self.workspaces = PlayedWorkspaces(self.boxes)
+        self.checkpoints = PlayedCheckpoints(self.boxes)
+        self.images, self.storage = PlayedImages(self.operations), PlayedStorage(self.operations)
         services = Services(
             system=PlayedSystem(self.paths.data, self.operations, self._end.set), sandboxes=self.boxes,
+            standing=self.boxes, forks=self.boxes, commits=self.boxes,
             execs=self.local_execs, files=GuestFiles(self.guest), ports=PlayedPorts(self.boxes),
-            workspaces=self.workspaces, images=PlayedImages(), doctor=PlayedDoctor(), stats=LocalStats(),
-            operations=self.operations, events=self.events,
+            workspaces=self.workspaces, images=self.images, checkpoints=self.checkpoints,
+            templates=PlayedTemplates(self.operations), config=Config(store), storage=self.storage,
+            doctor=PlayedDoctor(), stats=LocalStats(), operations=self.operations, events=self.events,
         )  # fmt: skip
         try:
             async with serving(create_app(services), self.paths.daemon_socket):

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from limpet import AsyncClient, Client, models
-from limpet.client import ExecFailed
-from limpet.client._sync.sandboxes import Sandbox
+from limpet.client import ExecFailed, Sandbox
 from limpet.errors import AlreadyExists, BadRequest, FailedPrecondition, NotFound, Unavailable
 
 from .client_kit import PATCH, StandIn, stand_in

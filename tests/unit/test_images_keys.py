@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from limpet.digests import file_digest
 from limpet.images import agent_disk, keys
 from limpet.images.plan import Plan
 from limpet.paths import Paths
@@ -65,7 +66,7 @@ def test_digest_of_a_disk_does_not_depend_on_how_its_holes_are_stored(tmp_path: 
         file.write(b"data")
     dense.write_bytes(sparse.read_bytes())
     assert sparse.stat().st_blocks < dense.stat().st_blocks
-    assert keys.file_digest(sparse) == keys.file_digest(dense)
+    assert file_digest(sparse) == file_digest(dense)
 
 
 def test_digest_of_a_disk_tells_where_data_lies_and_how_long_it_is(tmp_path: Path) -> None:
@@ -76,5 +77,5 @@ def test_digest_of_a_disk_tells_where_data_lies_and_how_long_it_is(tmp_path: Pat
             file.truncate(size)
             file.seek(offset)
             file.write(b"data")
-        digests.add(keys.file_digest(disk))
+        digests.add(file_digest(disk))
     assert len(digests) == 4

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from limpet.errors import NotFound
-from limpet.images import find_image, list_images, registry
+from limpet.images import ImageFacts, find_image, list_images, registry
 from limpet.paths import Paths
 
 
@@ -23,7 +23,8 @@ def publish(paths: Paths, name: str, content: bytes, recipe: str = "recipe") -> 
     with open(staging / "root.raw", "wb") as file:
         file.write(content)
         file.truncate(1 << 20)
-    return registry.publish(paths, name, staging, recipe, {"user": "user", "home": "/home/user"})
+    facts = ImageFacts(user="user", home="/home/user")
+    return registry.publish(paths, name, staging, facts, recipe_key=recipe)
 
 
 def test_misspelt_image_gets_the_nearest_name(paths: Paths) -> None:

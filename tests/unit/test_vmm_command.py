@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from limpet.vmm.command import Descriptors, MachineSpec, command_line, mac_address, translation_cache
+from limpet.names import new_id
+from limpet.vmm.command import Descriptors, MachineSpec, command_line, mac_address, node, translation_cache
+from limpet.vmm.memory import RAM_BLOCK, MemoryImage
 from limpet.vmm.network import GuestNetwork
 
 FDS = Descriptors(kernel=10, qmp=11, channel=12, network=13)
@@ -116,3 +118,51 @@ def test_a_machine_keeps_its_hardware_address() -> None:
 def test_the_translation_cache_grows_with_the_memory(memory: int, cache: int) -> None:
     """A small sandbox must stay small."""
     assert translation_cache(memory) == cache
+
+
+def test_a_machine_that_starts_from_memory_maps_it_privately_and_waits() -> None:
+    """FRZ-6, FRZ-7: the image is never written; the guest stands still until it is renewed."""
+    image = MemoryImage(Path("/v/a, b/ck_1"))
+    argv = command_line(replace(make_spec(Path("/v")), memory=image), FDS)
+    [backend] = [found for found in parsed(argv, "-object") if str(found["qom-type"]).startswith("memory-backend")]
+    assert backend == {
+        "qom-type": "memory-backend-file", "mem-path": "/v/a, b/ck_1/ram", "share": False, "id": RAM_BLOCK,
+        "size": 512 << 20,
+    }  # fmt: skip
+    assert values(argv, "-incoming") == ["fd:10"] and argv.count("-S") == 1
+    assert not {"-kernel", "-initrd", "-append"} & set(argv)
+
+
+def test_a_machine_that_boots_has_memory_of_its_own_and_goes_at_once() -> None:
+    """The kernel comes through the descriptor that a memory image's state would."""
+    argv = command_line(make_spec(Path("/v")), FDS)
+    [backend] = [found for found in parsed(argv, "-object") if str(found["qom-type"]).startswith("memory-backend")]
+    assert backend == {"qom-type": "memory-backend-ram", "id": RAM_BLOCK, "size": 512 << 20}
+    assert values(argv, "-kernel") == ["/proc/self/fd/10"] and values(argv, "-initrd") == ["/v/initramfs"]
+    assert not {"-incoming", "-S"} & set(argv)
+
+
+def test_devices_are_the_same_whether_a_machine_boots_or_starts_from_memory() -> None:
+    """A state can only be loaded by a machine of the same shape, in the same order."""
+    spec = replace(make_spec(Path("/v")), network=GuestNetwork())
+    booted, restored = command_line(spec, FDS), command_line(replace(spec, memory=MemoryImage(Path("/m"))), FDS)
+    for option in ("-device", "-M", "-cpu", "-smp", "-m", "-accel", "-global", "-machine"):
+        assert values(booted, option) == values(restored, option)
+    assert f"memory-backend={RAM_BLOCK}" in values(booted, "-machine")
+
+
+def test_a_disk_is_written_through_a_node_that_is_named_after_its_layer() -> None:
+    """FRZ-6: a daemon that was killed amid a switch can ask a machine which layer it writes to."""
+    layer = "ly_01m7z62se684n1r5xee1nbhfxh"
+    argv = command_line(replace(make_spec(Path("/v")), root_disk=Path(f"/v/layers/{layer}.qcow2")), FDS)
+    nodes = [found["node-name"] for found in parsed(argv, "-blockdev")]
+    assert nodes == ["agent", layer, "data", "intake"]
+    [root] = [device for device in parsed(argv, "-device") if device.get("serial") == "root"]
+    assert (root["id"], root["drive"]) == ("disk-root", layer)
+    assert len(node(Path(f"{new_id('ly')}.qcow2"))) <= 31  # QEMU's limit (BlockDriverState.node_name)
+
+
+def test_writes_that_free_space_reach_the_layers_as_holes() -> None:
+    """FRZ-6: what the guest deletes and trims is given back."""
+    layers = [found for found in parsed(command_line(make_spec(Path("/v")), FDS), "-blockdev")]
+    assert all(found["discard"] == "unmap" for found in layers if found["driver"] == "qcow2")

@@ -1,4 +1,4 @@
-"""Disks and the accelerator's verdict, with real qemu-img and real files."""
+"""The intake disk, sizes, and the accelerator's verdict, with real qemu-img and real files."""
 
 from __future__ import annotations
 
@@ -11,64 +11,43 @@ import pytest
 
 from limpet.errors import FailedPrecondition
 from limpet.vmm import accel, disks
-from limpet.vmm.disks import Overlay
 
 HYPERVISOR = "flags\t\t: fpu tsc constant_tsc hypervisor tsc_known_freq\ncpu MHz\t\t: 2596.128\n"
 
 
-def sparse(path: Path, size: int) -> Path:
-    with path.open("wb") as file:
-        file.truncate(size)
+def image(path: Path, size: int) -> Path:
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", str(path), str(size)], check=True)
     return path
 
 
-def info(path: Path) -> dict[str, object]:
+def virtual_size(path: Path) -> int:
     out = subprocess.run(["qemu-img", "info", "--output=json", str(path)], capture_output=True, check=True).stdout
-    found: dict[str, object] = json.loads(out)
-    return found
+    return int(json.loads(out)["virtual-size"])
 
 
-def test_disks_are_made_at_once_and_belong_to_this_user(tmp_path: Path) -> None:
-    """VM-13: an overlay with the size asked for, a copy, and a sparse intake disk; also below an odd path."""
-    home = tmp_path / "a, b"
-    home.mkdir()
-    image, blank = sparse(tmp_path / "root.raw", 64 << 20), tmp_path / "blank"
-    blank.write_bytes(b"blank" * 1000)
-    root, data, intake = home / "root.qcow2", home / "data.qcow2", home / "intake.raw"
-    overlay = Overlay(root, image, size=128 << 20)
-    asyncio.run(disks.create_disks([overlay], intake, copies={data: blank}, intake_bytes=1 << 30))
-    assert info(root)["virtual-size"] == 128 << 20 and info(root)["backing-filename"] == str(image)
-    assert data.read_bytes() == blank.read_bytes()
-    assert intake.stat().st_size == 1 << 30 and disks.disk_used(intake) == 0
-    assert {path.stat().st_mode & 0o777 for path in (root, data, intake)} == {0o600}
-    assert disks.disk_used(root, data, home / "none") > 0
-
-
-def test_failed_creation_leaves_no_disk(tmp_path: Path) -> None:
-    """VM-6: all or nothing."""
-    good = Overlay(tmp_path / "a.qcow2", sparse(tmp_path / "a.raw", 1 << 20))
-    with pytest.raises(FailedPrecondition, match="missing"):
-        asyncio.run(disks.create_disks([good, Overlay(tmp_path / "b.qcow2", tmp_path / "no")], tmp_path / "i"))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.raw"]
-
-
-def test_creation_never_overwrites_a_disk(tmp_path: Path) -> None:
-    """A disk that exists may hold somebody's work."""
-    image = sparse(tmp_path / "a.raw", 1 << 20)
-    (tmp_path / "a.qcow2").write_text("work")
-    with pytest.raises(FailedPrecondition, match="exists already"):
-        asyncio.run(disks.create_disks([Overlay(tmp_path / "a.qcow2", image)], tmp_path / "i"))
-    assert (tmp_path / "a.qcow2").read_text() == "work"
+def test_the_intake_disk_is_sparse_private_and_empty(tmp_path: Path) -> None:
+    """VM-6: scratch; whatever an earlier run left in it is gone."""
+    intake = tmp_path / "a, b.raw"
+    intake.write_bytes(b"left over" * 1000)
+    intake.chmod(0o600)
+    disks.create_intake(intake, 1 << 30)
+    status = intake.stat()
+    assert status.st_size == 1 << 30 and status.st_blocks == 0
+    with intake.open("rb") as file:
+        assert file.read(9) == bytes(9)
+    fresh = tmp_path / "fresh.raw"
+    disks.create_intake(fresh)
+    assert fresh.stat().st_mode & 0o777 == 0o600 and fresh.stat().st_size == disks.INTAKE_BYTES
 
 
 def test_a_disk_grows_but_never_shrinks(tmp_path: Path) -> None:
     """VM-18: shrinking would cut off data."""
-    overlay = Overlay(tmp_path / "a.qcow2", sparse(tmp_path / "a.raw", 8 << 20))
-    asyncio.run(disks.create_disks([overlay], tmp_path / "i"))
-    asyncio.run(disks.resize(overlay.path, 16 << 20))
-    assert info(overlay.path)["virtual-size"] == 16 << 20
+    disk = image(tmp_path / "a, b.qcow2", 8 << 20)
+    asyncio.run(disks.resize(disk, 16 << 20))
+    assert virtual_size(disk) == 16 << 20
     with pytest.raises(FailedPrecondition, match="only grow"):
-        asyncio.run(disks.resize(overlay.path, 8 << 20))
+        asyncio.run(disks.resize(disk, 8 << 20))
+    assert virtual_size(disk) == 16 << 20
 
 
 @pytest.mark.parametrize(

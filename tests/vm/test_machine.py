@@ -19,8 +19,8 @@ from limpet.paths import Paths
 from limpet.vmm import accel, disks, lock, network
 from limpet.vmm.command import MachineSpec
 from limpet.vmm.death import console_tail, explain_death
-from limpet.vmm.disks import Overlay
 from limpet.vmm.handles import rediscover
+from limpet.vmm.layers import Layers
 from limpet.vmm.machine import Machine
 from limpet.vmm.network import GuestNetwork
 
@@ -34,9 +34,10 @@ def prepare(pieces: Path, directory: Path) -> MachineSpec:
     """Fresh disks and the spec of a machine on them."""
     paths = Paths(pieces / "data", pieces / "cache", directory)
     parts = images.artifacts(paths)
-    root, data, intake = directory / "root.qcow2", directory / "data.qcow2", directory / "intake.raw"
-    overlay = Overlay(root, images.find_image(paths, "base").root)
-    asyncio.run(disks.create_disks([overlay], intake, copies={data: parts.blank_data}))
+    layers, intake = Layers(directory), directory / "intake.raw"
+    root = layers.path(asyncio.run(layers.overlay(images.find_image(paths, "base").root, "raw")))
+    data = layers.path(asyncio.run(layers.copy(parts.blank_data)))
+    disks.create_intake(intake)
     return MachineSpec(
         name="machine-test", uuid=str(uuid.uuid4()), vcpus=2, memory_mib=512,
         kernel=parts.kernel, initramfs=parts.initramfs, agent_disk=parts.agent_disk,

@@ -10,7 +10,9 @@ from limpet.api._endpoint import TEXT, Call, Endpoint, Many, Raw
 from limpet.api.queries import ListQuery, LogsQuery, RemoveQuery
 from limpet.errors import BadRequest
 from limpet.models import (
+    CommitRequest,
     CreateRequest,
+    ForkRequest,
     KillRequest,
     Operation,
     PortMapping,
@@ -67,6 +69,26 @@ async def kill_sandbox(call: Call) -> Operation:
     return await call.services.sandboxes.kill(call.name, call.body(KillRequest))
 
 
+async def pause_sandbox(call: Call) -> Operation:
+    return await call.services.standing.pause(call.name)
+
+
+async def resume_sandbox(call: Call) -> Operation:
+    return await call.services.standing.resume(call.name)
+
+
+async def suspend_sandbox(call: Call) -> Operation:
+    return await call.services.standing.suspend(call.name)
+
+
+async def fork_sandbox(call: Call) -> Operation:
+    return await call.services.forks.fork(call.name, call.body(ForkRequest))
+
+
+async def commit_sandbox(call: Call) -> Operation:
+    return await call.services.commits.commit(call.name, call.body(CommitRequest))
+
+
 async def list_ports(call: Call) -> Sequence[PortMapping]:
     return await call.services.ports.list(call.name)
 
@@ -113,6 +135,16 @@ ROUTES = (
              body=StopRequest, status=202),
     Endpoint("POST", _ONE + "/kill", kill_sandbox, "End it at once (result: StopResult)", Operation,
              body=KillRequest, status=202),
+    Endpoint("POST", _ONE + "/pause", pause_sandbox, "Stop its vCPUs, keep its memory (result: Sandbox)", Operation,
+             status=202),
+    Endpoint("POST", _ONE + "/resume", resume_sandbox, "Let a paused or suspended one go on (result: Sandbox)",
+             Operation, status=202),
+    Endpoint("POST", _ONE + "/suspend", suspend_sandbox, "Memory to a checkpoint, no process (result: Sandbox)",
+             Operation, status=202),
+    Endpoint("POST", _ONE + "/fork", fork_sandbox, "Running copies of it (result: ForkResult)", Operation,
+             body=ForkRequest, status=202),
+    Endpoint("POST", _ONE + "/commit", commit_sandbox, "Make an image of it (result: CommitResult)", Operation,
+             body=CommitRequest, status=202),
     Endpoint("GET", _ONE + "/ports", list_ports, "List published ports", Many(PortMapping)),
     Endpoint("POST", _ONE + "/ports", add_port, "Publish a port; host 0: any free one", PortMapping, body=PortMapping),
     Endpoint("DELETE", _ONE + "/ports/{host}", remove_port, "Stop publishing a host port"),

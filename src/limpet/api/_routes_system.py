@@ -1,4 +1,4 @@
-"""The daemon, its images, events and operations."""
+"""The daemon, its events and operations."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from starlette.responses import Response
 from limpet.api import _parse
 from limpet.api._endpoint import NDJSON, Call, Endpoint, Many, Raw, stream
 from limpet.api.queries import EventsQuery, SetupBody
-from limpet.models import DaemonStatus, DoctorReport, Event, ImageInfo, Operation
+from limpet.models import DaemonStatus, DoctorReport, Event, Operation
 
 
 async def daemon_status(call: Call) -> DaemonStatus:
@@ -31,10 +31,6 @@ async def run_doctor(call: Call) -> DoctorReport:
 
 async def repair(call: Call) -> DoctorReport:
     return await call.services.doctor.repair()
-
-
-async def list_images(call: Call) -> Sequence[ImageInfo]:
-    return await call.services.images.list()
 
 
 async def list_operations(call: Call) -> Sequence[Operation]:
@@ -85,7 +81,6 @@ ROUTES = (
              status=202),
     Endpoint("GET", "/v1/doctor", run_doctor, "Check this machine", DoctorReport),
     Endpoint("POST", "/v1/doctor/repair", repair, "Check and repair what is safe", DoctorReport),
-    Endpoint("GET", "/v1/images", list_images, "List images", Many(ImageInfo)),
     Endpoint("GET", "/v1/operations", list_operations, "List operations", Many(Operation)),
     Endpoint("GET", _OPERATION, get_operation, "Show one operation", Operation),
     Endpoint("GET", _OPERATION + "/stream", stream_operation, "One line per change; the last is final",

@@ -14,25 +14,39 @@ from limpet.models import (
     ApplyRequest,
     ApplyResult,
     Changes,
+    CheckpointInfo,
+    CheckpointRequest,
+    CommitRequest,
     CreateRequest,
     DaemonStatus,
+    DiskUsage,
     DoctorReport,
     Drift,
     ExecInfo,
     ExecRequest,
     FileInfo,
+    ForkRequest,
+    ImageFileRequest,
     ImageInfo,
+    ImageVersion,
     ImportRequest,
     KillRequest,
     Operation,
     PortMapping,
+    PruneRequest,
+    PruneResult,
+    RestoreRequest,
     Sandbox,
     SetRequest,
     SetResult,
+    Setting,
     Stats,
     StopRequest,
     SystemInfo,
+    TemplateInfo,
+    TemplateRequest,
     Unpacked,
+    VerifyRequest,
 )
 from limpet.services.events import Events
 from limpet.services.operations import Operations
@@ -62,6 +76,50 @@ class Sandboxes(Protocol):
     async def restart(self, name: str, request: StopRequest) -> Operation: ...  # Sandbox
     async def kill(self, name: str, request: KillRequest) -> Operation: ...  # StopResult
     async def remove(self, name: str, force: bool) -> Operation: ...  # {}
+
+
+class Standing(Protocol):
+    async def pause(self, name: str) -> Operation: ...  # Sandbox
+    async def resume(self, name: str) -> Operation: ...  # Sandbox; of a paused or suspended one
+    async def suspend(self, name: str) -> Operation: ...  # Sandbox
+
+
+class Forks(Protocol):
+    async def fork(self, name: str, request: ForkRequest) -> Operation: ...  # ForkResult
+
+
+class Commits(Protocol):
+    async def commit(self, name: str, request: CommitRequest) -> Operation: ...  # CommitResult
+
+
+class Checkpoints(Protocol):
+    async def create(self, name: str, request: CheckpointRequest) -> Operation: ...  # CheckpointInfo
+    async def list(self, name: str | None) -> Sequence[CheckpointInfo]:
+        """Of one sandbox or of all, the oldest first."""
+
+    async def get(self, checkpoint: str) -> CheckpointInfo:
+        """By id or the beginning of one. Raises NotFound, BadRequest when several match."""
+
+    async def verify(self, checkpoint: str, request: VerifyRequest) -> Operation: ...  # VerifyResult
+    async def remove(self, checkpoint: str) -> Operation: ...  # PruneResult
+    async def restore(self, name: str, request: RestoreRequest) -> Operation: ...  # RestoreResult
+    async def undo(self, name: str) -> Operation: ...  # RestoreResult
+
+
+class Templates(Protocol):
+    async def list(self) -> Sequence[TemplateInfo]: ...
+    async def build(self, request: TemplateRequest) -> Operation: ...  # TemplateInfo
+    async def remove(self, key: str) -> None: ...
+
+
+class Config(Protocol):
+    async def list(self) -> Sequence[Setting]: ...
+    async def set(self, key: str, value: str | None) -> Setting: ...
+
+
+class Storage(Protocol):
+    async def usage(self) -> DiskUsage: ...
+    async def prune(self, request: PruneRequest) -> Operation: ...  # PruneResult
 
 
 class Execs(Protocol):
@@ -119,7 +177,16 @@ class Workspaces(Protocol):
 
 
 class Images(Protocol):
+    """`image` is `NAME[:TAG]`."""
+
     async def list(self) -> Sequence[ImageInfo]: ...
+    async def get(self, image: str) -> ImageInfo: ...
+    async def history(self, name: str) -> Sequence[ImageVersion]: ...
+    async def remove(self, image: str) -> None: ...
+    async def prune(self) -> PruneResult: ...
+    async def verify(self, image: str) -> Operation: ...  # VerifyResult
+    async def export(self, image: str, request: ImageFileRequest) -> Operation: ...  # ImageInfo
+    async def import_file(self, request: ImageFileRequest) -> Operation: ...  # ImageInfo; .limpet or a root tar
 
 
 class Doctor(Protocol):
@@ -141,11 +208,18 @@ class Services:
 
     system: System
     sandboxes: Sandboxes
+    standing: Standing
+    forks: Forks
+    commits: Commits
     execs: Execs
     files: Files
     ports: Ports
     workspaces: Workspaces
     images: Images
+    checkpoints: Checkpoints
+    templates: Templates
+    config: Config
+    storage: Storage
     doctor: Doctor
     stats: StatsService
     operations: Operations

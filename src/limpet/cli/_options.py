@@ -22,6 +22,19 @@ def complete_names(incomplete: str) -> list[str]:
         return []
 
 
+def complete_checkpoints(incomplete: str) -> list[str]:
+    """`NAME@ID` of all checkpoints for the shell; silent when there is no daemon."""
+    from limpet.client import Client
+    from limpet.errors import LimpetError
+
+    try:
+        with Client(autostart=False, timeout=2) as client:
+            found = [f"{info.sandbox}@{info.id}" for info in client.checkpoints.list()]
+    except LimpetError:
+        return []
+    return [reference for reference in found if reference.startswith(incomplete)]
+
+
 def value_of(parser: Any) -> Any:
     """A callback that checks an option while the command line is still being parsed: a mistake is wrong usage."""
     from limpet.errors import BadRequest
@@ -65,7 +78,7 @@ Memory = Annotated[
     typer.Option("--memory", "-m", metavar="SIZE", help="Memory, for example 512M or 2G.",
                  callback=value_of(_parse.memory_mib)),
 ]  # fmt: skip
-Image = Annotated[str, typer.Option("--image", metavar="NAME", help="Image.")]
+Image = Annotated[str, typer.Option("--image", metavar="NAME[:TAG]", help="Image.")]
 Network = Annotated[
     str, typer.Option("--network", metavar="user|none", help="user: out through NAT; none: no network.")
 ]
@@ -77,6 +90,36 @@ Idle = Annotated[
     str | None,
     typer.Option("--idle", metavar="TIME", help="Stop it after this long without a command.",
                  callback=value_of(_parse.seconds)),
+]  # fmt: skip
+IdleSuspend = Annotated[
+    str | None,
+    typer.Option("--idle-suspend", metavar="TIME", help="Suspend it after this long without a command.",
+                 callback=value_of(_parse.seconds)),
+]  # fmt: skip
+EveryExec = Annotated[
+    bool, typer.Option("--every-exec", help="Keep a disk checkpoint before each command of run and exec.")
+]
+Entrypoint = Annotated[
+    str | None,
+    typer.Option("--entrypoint", metavar="CMD", help="Its command for when `run` is given none.",
+                 callback=value_of(_parse.words)),
+]  # fmt: skip
+DefaultUser = Annotated[
+    str | None, typer.Option("--user", "-u", metavar="USER", help="Who its commands run as.  [default: the image's]")
+]
+DefaultCwd = Annotated[
+    str | None,
+    typer.Option("--workdir", metavar="DIR", help="Where its commands begin.  [default: the workspace, or ~]"),
+]
+Checkpoint = Annotated[
+    str,
+    typer.Argument(metavar="NAME@ID", autocompletion=complete_checkpoints, show_default=False,
+                   callback=value_of(_parse.checkpoint), help="ID: an id, the beginning of one, or a label."),
+]  # fmt: skip
+Checkpoints = Annotated[
+    list[str],
+    typer.Argument(metavar="NAME@ID", autocompletion=complete_checkpoints, show_default=False,
+                   callback=value_of(_parse.checkpoints), help="ID: an id, the beginning of one, or a label."),
 ]  # fmt: skip
 User = Annotated[str | None, typer.Option("--user", "-u", metavar="USER", help="Run as this user of the guest.")]
 Cwd = Annotated[str | None, typer.Option("--workdir", metavar="DIR", help="Directory in the guest.")]
@@ -97,9 +140,10 @@ Sync = Annotated[bool, typer.Option("--sync", help="Import the host directory ag
 
 def machine(
     image: str, cpus: int | None, memory: str | None, network: str, labels: list[str] | None,
-    ports: list[str] | None, ttl: str | None = None, idle: str | None = None,
+    ports: list[str] | None, *, ttl: str | None = None, idle: str | None = None, idle_suspend: str | None = None,
+    every_exec: bool = False, entrypoint: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """The spec of a new sandbox; what was not given is left to the daemon."""
+    """The spec of a new sandbox; what was not given is left to the daemon, which asks the image first."""
     if network not in ("user", "none"):
         raise typer.BadParameter(f"{network!r} is neither 'user' nor 'none'", param_hint="--network")
     spec: dict[str, Any] = {"image": image, "network": network}
@@ -107,6 +151,8 @@ def machine(
         "vcpus": cpus, "memory_mib": _parse.memory_mib(memory) if memory else None,
         "labels": _parse.labels(labels) if labels else None, "ports": _parse.ports(ports) if ports else None,
         "ttl": _parse.seconds(ttl) if ttl else None, "idle_timeout": _parse.seconds(idle) if idle else None,
+        "idle_suspend": _parse.seconds(idle_suspend) if idle_suspend else None, "every_exec": every_exec or None,
+        "entrypoint": _parse.words(entrypoint) if entrypoint is not None else None,
     }  # fmt: skip
     return spec | {key: value for key, value in given.items() if value is not None}
 

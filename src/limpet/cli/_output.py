@@ -13,6 +13,8 @@ from limpet.errors import BadRequest, LimpetError
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
+    from limpet.models import ImageInfo, PruneResult, VerifyResult
+
 
 class UnknownCommand(BadRequest):
     """The first word is no command."""
@@ -85,6 +87,34 @@ def _rich_table(headers: Sequence[str], cells: Sequence[Sequence[str]]) -> None:
     for row in cells:
         view.add_row(*(Text(cell) for cell in row))
     Console().print(view)
+
+
+def verdict(result: VerifyResult, *, json: bool) -> int:
+    """What a verification found: good news and data to stdout, problems to stderr; the exit code."""
+    if json:
+        emit(result)
+    elif result.ok:
+        print(f"{result.id}: ok" + (", boots" if result.booted else ""))
+    for problem in () if json else result.problems:
+        note(f"error: {problem}")
+    return 0 if result.ok else 1
+
+
+def pruned(result: PruneResult, *, json: bool, quiet: bool, dry_run: bool = False) -> int:
+    """What was (or with `dry_run` would be) removed; the exit code."""
+    if json:
+        emit(result)
+        return 0
+    for item in result.removed:
+        print(printable(item))
+    if not quiet:
+        note(f"{size(result.freed)} {'would be freed' if dry_run else 'freed'}")
+    return 0
+
+
+def image_name(info: ImageInfo) -> str:
+    """`NAME`, or `NAME:TAG` unless the tag is what no tag means."""
+    return info.name if info.tag == "latest" else f"{info.name}:{info.tag}"
 
 
 def size(count: float) -> str:

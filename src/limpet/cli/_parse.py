@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -88,6 +89,30 @@ def settings(texts: Iterable[str]) -> dict[str, str | None]:
         else:
             result[key.removesuffix("-")] = None
     return result
+
+
+def checkpoint(text: str) -> tuple[str | None, str]:
+    """`NAME@ID` as (name, id), where ID may be a label; a bare `ID` as (None, id)."""
+    name, at, reference = text.rpartition("@")
+    if not reference or (at and not name):
+        which = f"limpet checkpoint ls {name}" if name else "limpet checkpoint ls"
+        raise BadRequest(f"{text!r} names no checkpoint", hint=f"write {name or 'NAME'}@ID; {which} lists them")
+    return name or None, reference
+
+
+def checkpoints(texts: Iterable[str]) -> list[tuple[str | None, str]]:
+    return [checkpoint(text) for text in texts]
+
+
+def words(text: str) -> list[str]:
+    """A command as a shell would split it."""
+    try:
+        found = shlex.split(text)
+    except ValueError as error:
+        raise BadRequest(f"{text!r} is not a command: {error}", hint="quote as in a shell") from None
+    if not found:
+        raise BadRequest("the command is empty", hint="for example --entrypoint 'make test'")
+    return found
 
 
 class Place(NamedTuple):

@@ -1,4 +1,4 @@
-"""create, start, stop, restart, kill, rm. All but create take many names."""
+"""create, start, stop, restart, kill, pause, resume, suspend, rm. All but create take many names."""
 
 from __future__ import annotations
 
@@ -37,17 +37,30 @@ def create(
     label: _options.Labels = None,
     ttl: _options.Ttl = None,
     idle: _options.Idle = None,
+    idle_suspend: _options.IdleSuspend = None,
+    every_exec: _options.EveryExec = False,
+    user: _options.DefaultUser = None,
+    workdir: _options.DefaultCwd = None,
+    entrypoint: _options.Entrypoint = None,
     rm: Annotated[bool, typer.Option("--rm", help="Remove it when it stops.")] = False,
     start: Annotated[bool, typer.Option("--start/--no-start", help="Boot it.")] = True,
     detach: Annotated[bool, typer.Option("--detach", "-d", help="Print the operation's id; do not wait.")] = False,
     json: _options.Json = False,
     quiet: _options.Quiet = False,
 ) -> int:
-    """Make a sandbox and boot it. Prints its name. Ctrl-C undoes it."""
+    """Make a sandbox and boot it. Prints its name. Ctrl-C undoes it.
+
+    What is not given is as the image has it: an image that was committed from a sandbox brings that one's
+    environment, user, size and so on along.
+    """
     from limpet.client import Client
 
-    spec = _options.machine(image, cpus, memory, network, label, publish, ttl, idle)
-    spec |= {"ephemeral": rm, "start": start, "env": _parse.environment(env or [])}
+    spec = _options.machine(
+        image, cpus, memory, network, label, publish, ttl=ttl, idle=idle, idle_suspend=idle_suspend,
+        every_exec=every_exec, entrypoint=entrypoint,
+    )  # fmt: skip
+    spec |= {"ephemeral": rm, "start": start, "user": user, "workdir": workdir}
+    spec["env"] = _parse.environment(env) if env else None
     name = name or option_name
     with Client() as client, Progress(quiet) as progress:
         if detach:
@@ -144,6 +157,33 @@ def kill(
 ) -> int:
     """End virtual machines at once, without flushing. `limpet stop` is the graceful way."""
     return _many(names, all, "kill", json, quiet, signal=signal)
+
+
+@app.command()
+def pause(
+    names: _options.Names = None, all: All = False, json: _options.Json = False, quiet: _options.Quiet = False
+) -> int:
+    """Stop the virtual CPUs of sandboxes; their memory stays. `limpet resume` lets them go on. Prints their names."""
+    return _many(names, all, "pause", json, quiet)
+
+
+@app.command()
+def suspend(
+    names: _options.Names = None, all: All = False, json: _options.Json = False, quiet: _options.Quiet = False
+) -> int:
+    """Write the memory of sandboxes to disk and end their processes. Prints their names.
+
+    `limpet resume`, or the next command in them, lets them go on where they were.
+    """
+    return _many(names, all, "suspend", json, quiet)
+
+
+@app.command()
+def resume(
+    names: _options.Names = None, all: All = False, json: _options.Json = False, quiet: _options.Quiet = False
+) -> int:
+    """Let paused or suspended sandboxes go on, with the clock set. Prints their names."""
+    return _many(names, all, "resume", json, quiet)
 
 
 @app.command()

@@ -24,7 +24,9 @@ _SHOWN = 8  # changed files that the summary names
 
 @app.command(context_settings={"allow_interspersed_args": False})
 def run(
-    command: Annotated[list[str], typer.Argument(metavar="CMD", show_default=False)],
+    command: Annotated[
+        list[str] | None, typer.Argument(metavar="CMD", show_default=False, help="Default: the sandbox's entrypoint.")
+    ] = None,
     dir: Annotated[
         Path | None, typer.Option("-w", "--workspace", metavar="DIR", help="Host directory.  [default: this project]")
     ] = None,
@@ -39,6 +41,9 @@ def run(
     image: _options.Image = "base",
     network: _options.Network = "user",
     label: _options.Labels = None,
+    idle_suspend: _options.IdleSuspend = None,
+    every_exec: _options.EveryExec = False,
+    entrypoint: _options.Entrypoint = None,
     user: _options.User = None,
     workdir: _options.Cwd = None,
     interactive: _options.Interactive = None,
@@ -49,16 +54,23 @@ def run(
 ) -> int:
     """Run a command on this directory in a sandbox of its own, which is made the first time and reused from then on.
 
-    The directory is imported with its uncommitted work; nothing of the host changes before `limpet apply`. The exit
-    code is the command's; 125 when limpet failed before or around it. Ctrl-C goes to the command; a second one lets
+    The directory is imported with its uncommitted work; nothing of the host changes before `limpet apply`. Without a
+    command the sandbox's entrypoint runs, if it has one; --user and --workdir are for this command. The exit code is
+    the command's; 125 when limpet failed before or around it. Ctrl-C goes to the command; a second one lets
     go of it and says how to come back.
     """
     from limpet.client import Client
 
-    spec = _options.machine(image, cpus, memory, network, label, publish) | {"ephemeral": rm}
+    spec = _options.machine(
+        image, cpus, memory, network, label, publish, idle_suspend=idle_suspend, every_exec=every_exec,
+        entrypoint=entrypoint,
+    )  # fmt: skip
+    spec["ephemeral"] = rm
     if rm and detach:
         raise BadRequest("--rm and --detach exclude each other", hint="limpet rm removes it later")
     with Client() as client:
+        if not command:
+            command = _entrypoint(client, None if rm else _known(client, dir, name, no_workspace), spec)
         box, inside = _sandbox(client, dir, name, no_workspace, sync=sync, quiet=quiet, spec=spec)
         try:
             _publish(box, publish)
@@ -77,6 +89,30 @@ def run(
     return ended.code
 
 
+def _known(client: Client, dir: Path | None, name: str | None, no_workspace: bool) -> Sandbox | None:
+    """The sandbox that `run` would use, if it is there already."""
+    if no_workspace:
+        return next((box for box in client.sandboxes.list() if box.name == name), None)
+    return client.sandboxes.find_exact(_root(client, dir), name)
+
+
+def _entrypoint(client: Client, box: Sandbox | None, spec: dict[str, Any]) -> list[str]:
+    """The command for when none is given: the sandbox's own, else that of what it will be made from. Asked for before
+    anything is made."""
+    if box is not None:
+        found, whose = box.info.spec.entrypoint, f"'{box.name}'"
+    else:
+        found, whose = spec.get("entrypoint"), f"image '{spec['image']}'"
+        found = found or client.images.get(spec["image"]).spec.get("entrypoint")
+    if not found:
+        raise typer.BadParameter(f"no command is given, and {whose} has no entrypoint", param_hint="CMD")
+    return list(found)
+
+
+def _root(client: Client, dir: Path | None) -> Path:
+    return client.sandboxes.project(Path.cwd()) if dir is None else _existing(dir)
+
+
 def _sandbox(
     client: Client, dir: Path | None, name: str | None, no_workspace: bool, *, sync: bool, quiet: bool,
     spec: dict[str, Any],
@@ -86,7 +122,7 @@ def _sandbox(
         if no_workspace:
             ensure = client.sandboxes.create if spec["ephemeral"] else client.sandboxes.ensure
             return ensure(name, on_stage=progress, **spec), None
-        root = client.sandboxes.project(Path.cwd()) if dir is None else _existing(dir)
+        root = _root(client, dir)
         fresh = spec["ephemeral"]  # --rm never takes, and so never removes, a sandbox that was there before
         before = None if fresh else client.sandboxes.find_exact(root, name)
         box = client.sandboxes.for_directory(root, name=name, sync=sync, fresh=fresh, on_stage=progress, **spec)
@@ -109,10 +145,10 @@ def _existing(dir: Path) -> Path:
 
 def _tell_ignored(box: Sandbox, spec: dict[str, Any]) -> None:
     """Options that only a new sandbox can have."""
-    have = box.info.spec
-    for key, now in (("vcpus", have.vcpus), ("memory_mib", have.memory_mib), ("image", have.image)):
+    for key in ("vcpus", "memory_mib", "idle_suspend", "every_exec", "image", "entrypoint"):
+        now, only_new = getattr(box.info.spec, key), key in ("image", "entrypoint")
         if key in spec and spec[key] != now and not (key == "image" and spec[key] == "base"):
-            hint = f"limpet set {box.name}" if key != "image" else "make another one: --name"
+            hint = "make another one: --name" if only_new else f"limpet set {box.name}"
             _output.warn(f"'{box.name}' exists with {key}={now}; {spec[key]} is ignored", hint)
 
 

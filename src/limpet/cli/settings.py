@@ -22,6 +22,12 @@ Relabelled = Annotated[
 ]  # fmt: skip
 
 
+EveryExec = Annotated[
+    bool | None,
+    typer.Option("--every-exec/--no-every-exec", help="Keep a disk checkpoint before each command of run and exec."),
+]
+
+
 @app.command("set")
 def set_(
     names: _options.Names = None,
@@ -31,10 +37,18 @@ def set_(
     label: Relabelled = None,
     ttl: _options.Ttl = None,
     idle: _options.Idle = None,
+    idle_suspend: _options.IdleSuspend = None,
+    every_exec: EveryExec = None,
+    user: _options.DefaultUser = None,
+    workdir: _options.DefaultCwd = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be in force, and when.")] = False,
     json: _options.Json = False,
     quiet: _options.Quiet = False,
 ) -> int:
-    """Change sandboxes. Says what is in force now and what at the next start. A time of 0 removes a time-out."""
+    """Change sandboxes. Says what is in force now and what at the next start.
+
+    A time of 0 removes a time-out; --user '' and --workdir '' go back to what the image says.
+    """
     from limpet.client import Client
     from limpet.models import SetResult
 
@@ -45,6 +59,8 @@ def set_(
             vcpus=cpus, memory_mib=_parse.memory_mib(memory) if memory else None,
             env=_parse.settings(env) if env else None, labels=_parse.settings(label) if label else None,
             ttl=_parse.seconds(ttl) if ttl else None, idle_timeout=_parse.seconds(idle) if idle else None,
+            idle_suspend=_parse.seconds(idle_suspend) if idle_suspend else None, every_exec=every_exec, user=user,
+            workdir=workdir, dry_run=dry_run,
         )  # fmt: skip
 
     def report(name: str, result: SetResult) -> None:
@@ -53,7 +69,8 @@ def set_(
             return
         print(name)
         if not quiet:
-            for keys, when in ((result.applied, "in force"), (result.at_next_start, "at the next start")):
+            now = "would be in force" if dry_run else "in force"
+            for keys, when in ((result.applied, now), (result.at_next_start, "at the next start")):
                 if keys:
                     _output.note(f"{name}: {', '.join(keys)}: {when}")
 

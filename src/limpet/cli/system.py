@@ -1,4 +1,4 @@
-"""The installation: setup, doctor, image, completion, version."""
+"""The installation: setup, doctor, completion, version."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from limpet.models import DoctorReport
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
-image = typer.Typer(help="The images that sandboxes are made from.", rich_markup_mode=None, no_args_is_help=True)
-app.add_typer(image, name="image")
 
 _COLOURS = {"PASS": "green", "WARN": "yellow", "FAIL": "red"}
 
@@ -68,32 +66,6 @@ def _print_report(report: DoctorReport) -> None:
             print(f"      {' ' * width}  -> {_output.printable(row.remedy)}")
     for item in report.repaired:
         _output.note(f"repaired: {item}")
-
-
-@image.command("ls")
-def image_ls(json: _options.Json = False, quiet: _options.Quiet = False) -> int:
-    """List images; with -q only their names."""
-    from limpet.client import Client
-
-    with Client() as client:
-        found = client.images.list()
-    if json:
-        _output.emit(found)
-    elif quiet:
-        for item in found:
-            print(item.name)
-    else:
-        rows = [
-            (item.name, item.digest[:19], _output.size(item.disk_used), f"{item.created_at:%Y-%m-%d}", item.user)
-            for item in found
-        ]
-        _output.table(("NAME", "DIGEST", "ON DISK", "CREATED", "USER"), rows)
-    return 0
-
-
-@image.callback()
-def _image() -> None:
-    """The images that sandboxes are made from."""
 
 
 @app.command()

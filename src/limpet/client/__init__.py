@@ -17,16 +17,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from limpet.client._async.client import AsyncClient
     from limpet.client._async.exec import AsyncExec, AsyncExecHandle
-    from limpet.client._async.sandboxes import AsyncSandbox
+    from limpet.client._async.sandbox import AsyncSandbox
     from limpet.client._results import Chunk, ExecFailed, ExecResult
     from limpet.client._sync.client import Client
     from limpet.client._sync.exec import Exec, ExecHandle
-    from limpet.client._sync.sandboxes import Sandbox
+    from limpet.client._sync.sandbox import Sandbox
 
 _HOMES = {
     "AsyncClient": "_async.client", "AsyncExec": "_async.exec", "AsyncExecHandle": "_async.exec",
-    "AsyncSandbox": "_async.sandboxes", "Client": "_sync.client", "Exec": "_sync.exec", "ExecHandle": "_sync.exec",
-    "Sandbox": "_sync.sandboxes", "Chunk": "_results", "ExecFailed": "_results", "ExecResult": "_results",
+    "AsyncSandbox": "_async.sandbox", "Client": "_sync.client", "Exec": "_sync.exec", "ExecHandle": "_sync.exec",
+    "Sandbox": "_sync.sandbox", "Chunk": "_results", "ExecFailed": "_results", "ExecResult": "_results",
 }  # fmt: skip
 
 __all__ = [

@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
 
-from limpet.errors import DeadlineExceeded, FailedPrecondition, Internal, LimpetError, Unavailable, from_dict
+from limpet.errors import (
+    BadRequest,
+    DeadlineExceeded,
+    FailedPrecondition,
+    Internal,
+    LimpetError,
+    Unavailable,
+    from_dict,
+)
 from limpet.names import new_id
 from limpet.version import PROTOCOL
 
@@ -22,7 +30,9 @@ CHUNK = 1 << 20  # bytes of a body that are held at once
 
 
 def path_of(*parts: str) -> str:
-    """`/v1/a/b` with every part escaped, so that no name can change the route."""
+    """`/v1/a/b` with every part escaped, so that no name can change the route. Raises BadRequest for an empty one."""
+    if not all(parts):
+        raise BadRequest("a name is empty")
     return "/v1/" + "/".join(quote(part, safe="", errors="surrogateescape") for part in parts)
 
 

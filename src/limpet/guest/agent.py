@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterable, AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError
@@ -27,6 +27,8 @@ ModelT = TypeVar("ModelT", bound=BaseModel)
 _MOST_ENTRIES = 1_000_000  # of one directory
 _LOG_LIMIT = 4 << 20
 INTERNAL = "in"  # ids of commands that limpet runs for itself begin so; users' begin with `ex`
+_CLOCK_SLACK = 0.05  # seconds
+_CLOCK_TRIES = 3
 _SHORT = 15.0  # seconds for an answer that needs no work
 
 
@@ -41,6 +43,33 @@ class Pong(BaseModel):
     agent_starts: int
     uptime: float
     data: str = Field(max_length=4096)
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Who a guest shall be. `machine_id`: 32 hex digits; `entropy`: hex; `network`: address/prefix, gateway, dns,
+    mac."""
+
+    hostname: str
+    machine_id: str
+    boot_id: str
+    entropy: str
+    network: Mapping[str, str] | None = None
+
+
+class _Renewed(BaseModel):
+    time_ns: int
+    boot_id: str = Field(max_length=64)
+    failed: list[str] = Field(max_length=32)
+
+
+class _Frozen(BaseModel):
+    frozen: list[str] = Field(max_length=64)
+    failed: list[str] = Field(max_length=64)
+
+
+class _Thawed(BaseModel):
+    was_frozen: bool
 
 
 class Unpacked(BaseModel):
@@ -89,6 +118,52 @@ class Agent:
     async def ping(self, *, set_clock: bool = False, timeout: float = 5.0) -> Pong:
         """Ask for a sign of life; with `set_clock` give the guest the host's time if it is off by more than 50 ms."""
         return await self._ask(Pong, "ping", timeout, time_ns=time.time_ns() if set_clock else None)
+
+    async def check_clock(self) -> float:
+        """How far the guest's clock is ahead, in seconds, as closely as half a round trip tells; one that is more
+        than 50 ms off is set."""
+        found, _ = await self._offset(set_clock=False)
+        if abs(found) > _CLOCK_SLACK:
+            for _ in range(_CLOCK_TRIES):
+                offset, bound = await self._offset(set_clock=True)
+                if abs(offset) + bound <= 2 * _CLOCK_SLACK:
+                    break
+        return found
+
+    async def _offset(self, *, set_clock: bool) -> tuple[float, float]:
+        """How far the clock is ahead, and by how much that may be wrong; seconds."""
+        began, asked = time.time(), time.monotonic()
+        pong = await self.ping(set_clock=set_clock)
+        trip = time.monotonic() - asked
+        return pong.time_ns / 1e9 - (began + trip / 2), trip / 2
+
+    async def renew(self, identity: Identity, *, timeout: float = _SHORT) -> None:
+        """Make the guest somebody else: clock, entropy, names, ids, network. Raises FailedPrecondition with what could
+        not be renewed."""
+        began, told_ns = time.monotonic(), time.time_ns()
+        answer = await self._ask(_Renewed, "renew", timeout, time_ns=told_ns, **asdict(identity))
+        if answer.failed:
+            raise errors.FailedPrecondition(f"the guest could not be renewed: {'; '.join(answer.failed)[:1000]}")
+        under_way = time.monotonic() - began - (answer.time_ns - told_ns) / 1e9  # the rest is the work after the clock
+        if under_way > _CLOCK_SLACK:  # the time was at most that old when it was set
+            await self.check_clock()
+
+    async def warm(self) -> None:
+        """Get the agent ready to be part of a template."""
+        await self._request("warm")
+
+    async def freeze(self, seconds: float) -> list[str]:
+        """Freeze the guest's file systems on disks, at most for `seconds`: then it thaws by itself. Answers where they
+        are mounted. Raises FailedPrecondition, thawed again, when one of them cannot be frozen."""
+        answer = await self._ask(_Frozen, "fs.freeze", seconds + _SHORT, seconds=seconds)
+        if answer.failed:
+            await self.thaw()
+            raise errors.FailedPrecondition(f"the guest's disks could not be frozen: {'; '.join(answer.failed)[:1000]}")
+        return answer.frozen
+
+    async def thaw(self) -> bool:
+        """Thaw them; whether they were frozen until now."""
+        return (await self._ask(_Thawed, "fs.thaw")).was_frozen
 
     async def system(self) -> SystemInfo:
         """What the guest knows of itself."""

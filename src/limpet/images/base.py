@@ -25,14 +25,18 @@ _DPKG = (
     "path-exclude=/usr/share/doc/*", "path-include=/usr/share/doc/*/copyright",
 )  # fmt: skip
 
-# $1 tar, $2 disk, $3 mount point. A tmpfs: nothing is left behind however this ends, and no file has a strange owner.
-_TO_EXT4 = f"""
-mount -t tmpfs -o mode=0755,size=4g tree "$3"
-tar -C "$3" -xpf "$1" --numeric-owner --xattrs --xattrs-include='*' --exclude='./dev/*'
+# $2 disk, $3 tree
+MAKE_EXT4 = f"""\
 truncate -s {SIZE} "$2"
 mke2fs -q -F -t ext4 -L limpet-root -m 1 -J size=32 \
     -E lazy_itable_init=1,lazy_journal_init=1,root_owner=0:0 -d "$3" "$2"
 """
+
+# $1 tar, $2 disk, $3 mount point. A tmpfs: nothing is left behind however this ends, and no file has a strange owner.
+_TO_EXT4 = f"""
+mount -t tmpfs -o mode=0755,size=4g tree "$3"
+tar -C "$3" -xpf "$1" --numeric-owner --xattrs --xattrs-include='*' --exclude='./dev/*'
+{MAKE_EXT4}"""
 
 
 def key() -> str:

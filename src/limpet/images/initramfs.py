@@ -63,6 +63,14 @@ def build_blank(pieces: Pieces) -> bytes:
     return archive.to_bytes()
 
 
+def build_tidy(pieces: Pieces) -> bytes:
+    """The initramfs of the boot that brings the disks of a new image in order."""
+    modules = ("virtio_mmio", "virtio_blk", *BTRFS_MODULES)
+    archive = _archive(pieces, modules)
+    archive.file("init", script("tidy", {"modules": " ".join(modules)}), 0o755)
+    return archive.to_bytes()
+
+
 def _archive(pieces: Pieces, modules: Sequence[str]) -> Archive:
     archive = Archive()
     for name in _DIRECTORIES:

@@ -37,32 +37,3 @@ def tree_key(package: Path, files: Iterable[Path]) -> str:
     for file in files:
         parts += [os.fsencode(file), (package / file).read_bytes()]
     return key_of(*parts)
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file's data extents and where they lie. Holes are skipped: a 16 GiB sparse disk takes a second."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        digest.update(size.to_bytes(8, "big"))
-        for start, end in _extents(file.fileno(), size):
-            file.seek(start)
-            while start < end and (block := file.read(min(1 << 20, end - start))):
-                if block.count(0) != len(block):  # whether zeroes are stored or a hole depends on the file system
-                    digest.update(start.to_bytes(8, "big") + block)
-                start += len(block)
-    return digest.hexdigest()
-
-
-def _extents(fd: int, size: int) -> Iterable[tuple[int, int]]:
-    """The data of a sparse file as (start, end), widened to whole MiB so that it does not depend on the file system."""
-    mebi, position = 1 << 20, 0
-    while position < size:
-        try:
-            start = os.lseek(fd, position, os.SEEK_DATA)
-        except OSError:  # ENXIO: only a hole is left
-            return
-        end = os.lseek(fd, start, os.SEEK_HOLE)
-        start, end = max(position, start - start % mebi), min(size, end + -end % mebi)
-        yield start, end
-        position = end

@@ -19,7 +19,6 @@ import fcntl
 import functools
 import os
 import shutil
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 
@@ -28,10 +27,9 @@ from limpet.errors import InsufficientSpace
 from limpet.images import agent_disk, base, blank, initramfs, kernel, pieces, registry, requirements
 from limpet.images.bootstrap import Report
 from limpet.images.plan import Plan
+from limpet.images.stages import Progress, stage
 from limpet.models import Stage
 from limpet.paths import Paths
-
-Progress = Callable[[Stage], None]
 
 _KEEP = 3  # versions of each artifact and of the pieces; older ones go
 _LOCK_POLL = 0.2  # seconds
@@ -69,7 +67,7 @@ class _Setup:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._artifacts())
                 if force or not self._plan.base_is_current():
-                    group.create_task(self._base(image_directory))
+                    group.create_task(self._base())
         except ExceptionGroup as errors:
             raise _first(errors) from errors
         for kind in ("vmlinux", "initramfs", "agent", "data"):
@@ -103,26 +101,19 @@ class _Setup:
             result.chmod(0o444)
             await asyncio.to_thread(durable.publish, result, target)
 
-    async def _base(self, directory: Path) -> None:
-        with self._stage("image base") as report, _staging(directory, "image") as work:
+    async def _base(self) -> None:
+        paths, key = self._plan.paths, self._plan.base_recipe
+        with self._stage("image base") as report, registry.staging(paths, base.NAME) as work:
             await base.build(work, report, self._mirror)
-            facts = {"user": "user", "home": "/home/user"}
-            await asyncio.to_thread(registry.publish, self._plan.paths, base.NAME, work, self._plan.base_recipe, facts)
+            facts = registry.ImageFacts(user="user", home="/home/user")
+            await asyncio.to_thread(registry.publish, paths, base.NAME, work, facts, recipe_key=key)
 
     @contextlib.contextmanager
     def _stage(self, name: str) -> Iterator[Report]:
-        """Tell the beginning, the progress and the end of a step."""
-        started = time.monotonic()
-        self._progress(Stage(name=name, state="running", fraction=0.0))
-        try:
-            yield lambda fraction, detail: self._progress(
-                Stage(name=name, state="running", fraction=fraction, detail=detail, seconds=time.monotonic() - started)
-            )
-        except BaseException as error:
-            self._progress(Stage(name=name, state="failed", detail=str(error), seconds=time.monotonic() - started))
-            raise
+        """Tell how a step goes, and count it as done."""
+        with stage(name, self._progress) as report:
+            yield report
         self._done.append(name)
-        self._progress(Stage(name=name, state="done", fraction=1.0, seconds=time.monotonic() - started))
 
 
 async def _write_kernel(found: pieces.Pieces, target: Path) -> None:

@@ -9,10 +9,10 @@ from typing import Literal
 
 from limpet import durable, images, process
 from limpet.errors import LimpetError
-from limpet.models import DoctorReport, Row
-from limpet.paths import Paths
-from limpet.services.live import LiveTable
-from limpet.services.records import Records
+from limpet.images import upkeep
+from limpet.models import DoctorReport, Row, State
+from limpet.services import garbage
+from limpet.services.host import Host
 from limpet.vmm import accel, lock, network
 
 _VERSIONS = {
@@ -26,8 +26,9 @@ _SPACE_FAIL = 2 << 30
 class Doctor:
     """Looks, and with `repair` mends what is safe to mend: leftovers of interrupted work. Never deletes a sandbox."""
 
-    def __init__(self, paths: Paths, records: Records, live: LiveTable) -> None:
-        self._paths, self._records, self._live = paths, records, live
+    def __init__(self, host: Host) -> None:
+        self._host = host
+        self._paths, self._records, self._live = host.paths, host.records, host.live
 
     async def run(self) -> DoctorReport:
         rows = [*await asyncio.gather(*(_tool(name) for name in _VERSIONS)), _network_tool(), _python()]
@@ -37,8 +38,10 @@ class Doctor:
 
     async def repair(self) -> DoctorReport:
         """Sweep what interrupted work left behind, then look again."""
-        directories = (self._paths.data, self._paths.sandboxes, self._paths.artifacts, self._paths.images)
+        directories = (self._paths.data, self._paths.sandboxes, self._paths.checkpoints, self._paths.artifacts,
+                       self._paths.images)  # fmt: skip
         swept = [str(stray) for directory in directories for stray in durable.sweep(directory)]
+        swept += [str(stray) for stray in upkeep.sweep(self._paths)]
         return DoctorReport(rows=(await self.run()).rows, repaired=swept)
 
     async def _accelerator(self) -> Row:
@@ -72,14 +75,17 @@ class Doctor:
     def _pieces(self) -> Row:
         try:
             release = images.artifacts(self._paths).kernel_release
-            names = ", ".join(image.name for image in images.list_images(self._paths)) or "none"
+            names = (
+                ", ".join(str(images.Reference(image.name, image.tag)) for image in images.list_images(self._paths))
+                or "none"
+            )
         except LimpetError as error:
             return Row(check="guest pieces", status="FAIL", detail=error.message, remedy=error.hint)
         return Row(check="guest pieces", status="PASS", detail=f"kernel {release}, images: {names}")
 
     def _leftovers(self) -> list[Row]:
         """What is on the disk or running without a sandbox that explains it (VM-10: reported, never deleted)."""
-        known = {record.id for record in self._records.all()}
+        known = {record.id for record in self._records.everything()}
         rows: list[Row] = []
         for directory in sorted(self._paths.sandboxes.iterdir()) if self._paths.sandboxes.is_dir() else ():
             if directory.name in known:
@@ -94,8 +100,15 @@ class Doctor:
                 rows.append(
                     _warn("orphans", f"{directory} belongs to no sandbox", "look at it, then remove it yourself")
                 )
-        for record in self._records.all():
-            if lock.held(self._paths.sandbox(record.id).lock) and self._live.get(record.id) is None:
+        for checkpoint, problem in self._host.catalogue.damaged.items():
+            rows.append(Row(check="checkpoints", status="FAIL", detail=problem,
+                            remedy=f"limpet checkpoint rm {checkpoint}"))  # fmt: skip
+        for path in self._host.layers.garbage(list(garbage.roots(self._host))):
+            rows.append(_warn("leftovers", f"nothing needs {path}", "limpet system prune"))
+        for record in self._records.everything():
+            beginning = record.state in (State.CREATING, State.STARTING)  # it becomes known when it answers
+            held = lock.held(self._paths.sandbox(record.id).lock)
+            if held and not beginning and self._live.get(record.id) is None:
                 rows.append(
                     _warn("orphans", f"the VM of {record.name} runs unattended", "limpet daemon stop, then any command")
                 )

@@ -6,22 +6,25 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Sequence
+from datetime import UTC, datetime
 from typing import Literal
 
 from limpet import guest
 from limpet.errors import FailedPrecondition
 from limpet.guest import GuestExec
 from limpet.guest.agent import INTERNAL
-from limpet.models import ExecInfo, ExecRequest
+from limpet.models import ExecInfo, ExecRequest, State
 from limpet.names import new_id
-from limpet.services import workspaces
+from limpet.services import checkpointing, workspaces
 from limpet.services.host import Host
 from limpet.services.live import LiveVM
+from limpet.services.retention import superfluous
 from limpet.services.sandboxes import Sandboxes
 from limpet.services.streams import STDERR, STDOUT, ExecEvent, Exit, Gap, Lane, Notice, Output, Started
 from limpet.store import SandboxRecord
 
 _DRIFT_KNOWN = 15.0  # seconds for which an answer about the host directory holds
+_LABEL = 100  # characters of a command that label its checkpoint
 _LANES: dict[str, Lane] = {"stdout": STDOUT, "stderr": STDERR}
 
 
@@ -106,11 +109,14 @@ class Execs:
         """Start a command in the workspace, if there is one and no directory is given; with the sandbox's variables
         under the command's own."""
         record = self._host.records.by_name(name)
-        if start_if_stopped:
+        if start_if_stopped or record.state in (State.PAUSED, State.SUSPENDED):
             await self._sandboxes.ensure_started(record.id)
         vm = self._host.live.require(record.id, name)
-        cwd = request.cwd or _workspace_directory(record)
+        if record.spec.every_exec:
+            await self._checkpoint(record, request)
+        cwd = request.cwd or record.spec.workdir or _workspace_directory(record)
         options = request.model_dump(exclude={"argv", "cwd", "env", "detach"})
+        options["user"] = request.user or record.spec.user
         exec_id = new_id("ex")
         with vm.in_use():
             agent = await vm.agent()
@@ -120,6 +126,16 @@ class Execs:
         self._host.events.emit("exec.started", sandbox=record, exec_id=exec_id, argv=request.argv[:16])
         followed = command if isinstance(command, GuestExec) else None
         return Session(self._host, record, vm, Started(exec_id, command.pid), followed, self._drift_of(record))
+
+    async def _checkpoint(self, record: SandboxRecord, request: ExecRequest) -> None:
+        """A disk checkpoint before the command, labelled with it; the ladder thins out older ones."""
+        host = self._host
+        async with host.locks.lifecycle(record.id, "checkpoint"):
+            label = " ".join(request.argv)[:_LABEL]
+            await checkpointing.make(host, host.records.by_id(record.id), label=label, disk_only=True, made_by="exec")
+        own = [known.info for known in host.catalogue.of(record.id) if known.info.made_by == "exec"]
+        for doomed in superfluous(own, datetime.now(UTC)):
+            await asyncio.to_thread(host.catalogue.forget, doomed.id)
 
     def _drift_of(self, record: SandboxRecord) -> asyncio.Task[str | None] | None:
         """Whether the host directory moved, found out beside the command; known for a while, as it reads the tree."""

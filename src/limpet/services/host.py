@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from limpet import durable
+from limpet.crashpoint import crashpoint
 from limpet.models import Sandbox
 from limpet.paths import Paths
+from limpet.services.catalogue import Catalogue
+from limpet.services.config import Config
 from limpet.services.events import Events
 from limpet.services.live import LiveTable
 from limpet.services.locks import Locks
 from limpet.services.operations import Operations
 from limpet.services.ports import Ports
 from limpet.services.records import Records
+from limpet.services.templatecache import TemplateCache
 from limpet.store import SandboxRecord
+from limpet.vmm.layers import Layers
 
 
 @dataclass(frozen=True)
@@ -26,6 +32,21 @@ class Host:
     locks: Locks
     live: LiveTable
     ports: Ports
+    layers: Layers
+    catalogue: Catalogue
+    templates: TemplateCache
+    config: Config
+
+    def forget(self, record: SandboxRecord) -> None:
+        """Remove the row and the files of a sandbox that does not run. Its directory (logs, no data) is set aside
+        first, where the next daemon sweeps: a crash leaves a whole sandbox or none, and layers that are collected."""
+        files = self.paths.sandbox(record.id)
+        crashpoint("forget.files.before")
+        durable.remove_tree(files.sockets)
+        with durable.set_aside(files.root):
+            crashpoint("forget.row.before")
+            self.records.delete(record.id)
+            crashpoint("forget.row.after")
 
     def view(self, record: SandboxRecord) -> Sandbox:
         """A sandbox as users see it: the durable row and what is true now."""

@@ -39,6 +39,7 @@ class LiveVM:
         self.exit_status: int | None = None
         self._busy = 0
         self._idle_since = time.monotonic()
+        self._clock: asyncio.Task[None] | None = None
         self._agent: Agent | None = None
         self._connecting = asyncio.Lock()
 
@@ -90,6 +91,9 @@ class LiveVM:
 
     async def close(self) -> None:
         """Let go of the channel; the VM goes on."""
+        if self._clock is not None:
+            self._clock.cancel()
+            await asyncio.gather(self._clock, return_exceptions=True)
         if self._agent is not None:
             await self._agent.channel.close()
             self._agent = None
@@ -104,10 +108,22 @@ class LiveVM:
             self._busy -= 1
             self._idle_since = time.monotonic()
 
+    def began(self) -> None:
+        """Its time counts from now: it has become somebody's."""
+        self.started = self._idle_since = time.monotonic()
+
     @property
     def idle_seconds(self) -> float:
         """How long nothing has used this VM through limpet."""
         return 0.0 if self._busy else time.monotonic() - self._idle_since
+
+    def set_clock_soon(self) -> None:
+        """Set the guest's clock in the background: it stood still for a moment."""
+        self._clock = asyncio.create_task(self._set_clock(), name=f"clock of {self.sandbox_id}")
+
+    async def _set_clock(self) -> None:
+        with contextlib.suppress(LimpetError):
+            await (await self.agent()).check_clock()
 
     def save_handles(self) -> None:
         """Mirror what is true now to handles.json, for the next daemon."""

@@ -1,10 +1,18 @@
 """What the daemon does before it serves: make the records agree with what really runs (VM-8, VM-10).
 
-row            lock held                        lock free
-running …      adopt: connect QMP and channel   tear leftovers down → stopped (why in `error`)
-creating       kill the half-made VM, forget    forget: an unfinished create leaves no trace
-stopping       adopt, back to running           → stopped
-(no row)       reported by doctor               reported by doctor, never deleted
+row              lock held                                   lock free
+running …        adopt: connect QMP and channel              tear leftovers down → stopped (why in `error`)
+paused           adopt, still paused                         → stopped
+creating, own    kill the half-made VM, forget               forget: an unfinished create leaves no trace
+stopping         adopt, back to running                      → stopped
+suspended        end it: its memory is in the checkpoint     stays
+starting         adopt, renewed; end it if it does not        → stopped
+                   answer
+starting from    the same, then suspended                    → suspended: the checkpoint is used up only when
+  a suspend                                                    the sandbox runs
+(no row)         reported by doctor                          reported by doctor, never deleted
+
+A migration that an earlier daemon began is called off; layers and checkpoints that nothing needs are removed.
 """
 
 from __future__ import annotations
@@ -15,32 +23,50 @@ import time
 from datetime import UTC, datetime
 
 from limpet import durable, log
+from limpet.crashpoint import crashpoint
 from limpet.errors import LimpetError
+from limpet.images import upkeep
 from limpet.models import State
 from limpet.paths import SandboxPaths
-from limpet.services.boot import machine_uuid
+from limpet.services import garbage, identity, instants
 from limpet.services.host import Host
+from limpet.services.identity import machine_uuid
 from limpet.services.live import LiveVM, load_handles
+from limpet.services.records import hidden
 from limpet.services.sandboxes import Sandboxes
 from limpet.store import SandboxRecord
+from limpet.vmm import capture
 from limpet.vmm.handles import rediscover
 from limpet.vmm.lock import held
 from limpet.vmm.machine import Machine, end_leftovers
 
+_FINISH_S = 8.0  # for a guest that was starting to answer; a client waits 15 s for a daemon
+_TEMPLATE_S = 600.0  # a template that is not finished by then never will be
 _log = log.get("reconcile")
 
 
 async def reconcile(host: Host, sandboxes: Sandboxes) -> None:
     """Bring every sandbox to a state that is true. One that cannot be handled never stops the others."""
-    durable.sweep(host.paths.data)
-    durable.sweep(host.paths.sandboxes)
-    await asyncio.gather(*(_one(host, sandboxes, record) for record in host.records.all()))
+    for directory in (host.paths.data, host.paths.sandboxes, host.paths.checkpoints):
+        durable.sweep(directory)
+    durable.sweep(host.paths.templates, age=_TEMPLATE_S)
+    upkeep.sweep(host.paths)
+    host.catalogue.load()
+    crashpoint("reconcile.sweep.after")
+    await asyncio.gather(*(_one(host, sandboxes, record) for record in host.records.everything()))
+    crashpoint("reconcile.records.after")
+    _forget_used_up(host)
+    await garbage.collect(host)
+    crashpoint("reconcile.collect.after")
 
 
 async def _one(host: Host, sandboxes: Sandboxes, record: SandboxRecord) -> None:
     try:
-        if record.state is State.CREATING:
-            await _forget_unfinished(host, sandboxes, record)
+        record = _adopt_disks(host, record)
+        if record.state is State.CREATING or hidden(record):
+            await _forget_unfinished(host, record)
+        elif record.state is State.SUSPENDED or (record.memory and not held(host.paths.sandbox(record.id).lock)):
+            await _end_suspended(host, record)
         elif held(host.paths.sandbox(record.id).lock):
             await _adopt(host, sandboxes, record)
         elif record.state not in (State.STOPPED, State.ERROR):
@@ -53,13 +79,22 @@ async def _one(host: Host, sandboxes: Sandboxes, record: SandboxRecord) -> None:
 
 async def _adopt(host: Host, sandboxes: Sandboxes, record: SandboxRecord) -> None:
     files = host.paths.sandbox(record.id)
+    crashpoint("reconcile.adopt.before")
     machine = await _recognised(record, files)
     if machine is None:
         await _demote(host, sandboxes, record, "its VM could not be recognised any more")
         return
     vm = LiveVM(record.id, machine, files)
+    paused = record.state is State.PAUSED
+    await capture.go_on(machine, running=not paused)
+    if record.state is State.STARTING:
+        if (finished := await _finish(host, record, vm)) is None:
+            await _give_up(host, sandboxes, record)
+            return
+        record = finished
     if record.started_at is not None:
         vm.started = time.monotonic() - max((datetime.now(UTC) - record.started_at).total_seconds(), 0.0)
+    record = await instants.agree(host, record, vm)
     host.live.add(vm)
     for mapping in record.spec.ports:
         try:
@@ -67,9 +102,33 @@ async def _adopt(host: Host, sandboxes: Sandboxes, record: SandboxRecord) -> Non
         except LimpetError as error:
             host.events.emit("port.lost", sandbox=record, host=mapping.host, reason=error.message)
     vm.save_handles()
-    host.records.update(record.id, state=State.RUNNING, error=None)
+    host.records.update(record.id, state=State.PAUSED if paused else State.RUNNING, error=None, memory=None)
+    crashpoint("reconcile.adopt.after")
     sandboxes.watch(vm)
     host.events.emit("sandbox.adopted", sandbox=record)
+
+
+async def _finish(host: Host, record: SandboxRecord, vm: LiveVM) -> SandboxRecord | None:
+    """End a start that was cut off: the guest may have gone on from its memory without having been renewed. None when
+    it does not answer."""
+    try:
+        boot_id = await identity.renew(vm, record, _FINISH_S)
+    except LimpetError as error:
+        _log.warning("start.lost", sandbox=record.name, reason=error.message)
+        await vm.close()
+        await vm.machine.close()
+        return None
+    return host.records.update(
+        record.id, boot_id=boot_id, started_at=datetime.now(UTC), incarnation=record.incarnation + 1
+    )
+
+
+async def _give_up(host: Host, sandboxes: Sandboxes, record: SandboxRecord) -> None:
+    """A start came to nothing: one from a suspend leaves it suspended."""
+    if record.memory is not None:
+        await _end_suspended(host, record)
+    else:
+        await _demote(host, sandboxes, record, "the daemon ended while it started, and it does not answer")
 
 
 async def _recognised(record: SandboxRecord, files: SandboxPaths) -> Machine | None:
@@ -84,19 +143,64 @@ async def _recognised(record: SandboxRecord, files: SandboxPaths) -> Machine | N
 
 async def _demote(host: Host, sandboxes: Sandboxes, record: SandboxRecord, why: str) -> None:
     files = host.paths.sandbox(record.id)
+    crashpoint("reconcile.demote.before")
     await end_leftovers(load_handles(files), files.lock)
+    crashpoint("reconcile.demote.after")
     durable.remove_tree(files.sockets)
     for leftover in (files.handles, files.intake):
         leftover.unlink(missing_ok=True)
-    state = State.STOPPED if files.root_disk.exists() or record.incarnation == 0 else State.ERROR
+    there = record.disks is not None and all(host.layers.path(layer).exists() for layer in record.disks.values())
+    state = State.STOPPED if there or record.incarnation == 0 else State.ERROR
     host.records.update(record.id, state=state, error=why, boot_id=None)
     host.events.emit("sandbox.died", sandbox=record, reason=why)
     if record.spec.ephemeral:
-        sandboxes.forget(record)
+        host.forget(record)
 
 
-async def _forget_unfinished(host: Host, sandboxes: Sandboxes, record: SandboxRecord) -> None:
+async def _end_suspended(host: Host, record: SandboxRecord) -> None:
+    """Its memory is safe: what is left of its VM goes."""
     files = host.paths.sandbox(record.id)
+    crashpoint("reconcile.suspended.before")
     await end_leftovers(load_handles(files), files.lock)
-    sandboxes.forget(record)
-    host.events.emit("sandbox.create_failed", sandbox=record, reason="the daemon ended while it was being created")
+    crashpoint("reconcile.suspended.after")
+    for leftover in (files.handles, files.intake):
+        leftover.unlink(missing_ok=True)
+    host.records.update(record.id, state=State.SUSPENDED, boot_id=None)
+
+
+async def _forget_unfinished(host: Host, record: SandboxRecord) -> None:
+    files = host.paths.sandbox(record.id)
+    crashpoint("reconcile.unfinished.before")
+    await end_leftovers(load_handles(files), files.lock)
+    crashpoint("reconcile.unfinished.after")
+    host.forget(record)
+    if not hidden(record):
+        host.events.emit("sandbox.create_failed", sandbox=record, reason="the daemon ended while it was being created")
+
+
+def _forget_used_up(host: Host) -> None:
+    """Remove checkpoints of suspends that were resumed, and those whose sandbox is gone."""
+    records = host.records.everything()
+    ids, memories = {record.id for record in records}, {record.memory for record in records}
+    for checkpoint in host.catalogue.all():
+        info = checkpoint.info
+        if info.sandbox_id not in ids or (info.made_by == "suspend" and info.id not in memories):
+            host.catalogue.forget(info.id)
+
+
+def _adopt_disks(host: Host, record: SandboxRecord) -> SandboxRecord:
+    """The disks of a sandbox that an earlier limpet made lie in its own directory: give them their names as layers.
+    Hard links, so that it works while the VM runs and a crash on the way loses nothing."""
+    if record.disks is not None:
+        return record
+    old = host.paths.sandbox(record.id).old_disks
+    if not all(path.exists() for path in old.values()):
+        return record
+    layers = {name: f"ly_{record.id.removeprefix('sb_')}-{name}" for name in old}
+    for name, path in old.items():
+        if not host.layers.path(layers[name]).exists():
+            host.layers.path(layers[name]).hardlink_to(path)
+    record = host.records.update(record.id, disks=layers)
+    for path in old.values():
+        path.unlink()
+    return record

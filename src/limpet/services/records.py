@@ -11,6 +11,8 @@ from limpet.models import MIN_MEMORY_MIB, SandboxSpec
 from limpet.names import check_name
 from limpet.store import SandboxChanges, SandboxRecord, Store
 
+HIDDEN = "+"  # how the names of limpet's own sandboxes begin
+
 
 class Records:
     """Look-ups that end in a helpful error, and changes of a sandbox's spec."""
@@ -19,6 +21,11 @@ class Records:
         self._store = store
 
     def all(self) -> list[SandboxRecord]:
+        """The sandboxes of users."""
+        return [record for record in self._store.sandboxes() if not hidden(record)]
+
+    def everything(self) -> list[SandboxRecord]:
+        """Those of limpet itself too."""
         return self._store.sandboxes()
 
     def by_name(self, name: str) -> SandboxRecord:
@@ -51,6 +58,11 @@ class Records:
 
     def delete(self, sandbox_id: str) -> None:
         self._store.delete_sandbox(sandbox_id)
+
+
+def hidden(record: SandboxRecord) -> bool:
+    """Whether a sandbox is limpet's own (a template being made, a pooled VM): its name is none that users can give."""
+    return record.name.startswith(HIDDEN)
 
 
 def checked_spec(fields: dict[str, Any]) -> SandboxSpec:

@@ -8,7 +8,8 @@
                                                 ▼            │ died: error tells why │ │ start
                                              stopped         └───────► error ────────┘ ▼
                                                                          └──────► starting
-        stopped | error ── rm ──► (none)
+        stopped | suspended | error ── rm ──► (none)
+        running ⇄ paused, running ⇄ suspended: standing.py
 
 Every change of state happens under the sandbox's lifecycle lock. Verbs return an operation at once; its stages are
 streamed. `kill` leaves `stopped`; `error` means that it ended by itself, and `error` in the record says why.
@@ -22,7 +23,8 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from limpet import durable, images, log
+from limpet import images, log
+from limpet.crashpoint import crashpoint
 from limpet.errors import BadRequest, FailedPrecondition
 from limpet.models import (
     CreateRequest,
@@ -37,12 +39,13 @@ from limpet.models import (
     StopResult,
 )
 from limpet.names import check_name, new_id, random_name
-from limpet.services import stopping
-from limpet.services.boot import Start
+from limpet.services import garbage, stopping
 from limpet.services.host import Host
 from limpet.services.live import LiveVM
 from limpet.services.operations import Stages
+from limpet.services.pool import Pool
 from limpet.services.records import checked_spec
+from limpet.services.starting import Starter
 from limpet.store import SandboxRecord
 
 _log = log.get("sandboxes")
@@ -51,8 +54,8 @@ _log = log.get("sandboxes")
 class Sandboxes:
     """create, start, stop, restart, kill, set, remove: and watching over those that run."""
 
-    def __init__(self, host: Host) -> None:
-        self._host = host
+    def __init__(self, host: Host, starter: Starter, pool: Pool) -> None:
+        self._host, self._starter, self._pool = host, starter, pool
 
     # ── reading ──────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -70,19 +73,22 @@ class Sandboxes:
 
     async def create(self, request: CreateRequest) -> Operation:
         """Validate, reserve the name, then boot in the background (VM-13). A failed create leaves no trace."""
-        fields = request.model_dump(exclude={"name", "start"})
-        spec = checked_spec(fields)
-        images.find_image(self._host.paths, spec.image)
+        image = images.find_image(self._host.paths, request.image)
+        asked = request.model_dump(exclude={"name", "start"}, exclude_unset=True)
+        spec = checked_spec({**image.info.spec, **asked, "env": {**image.info.spec.get("env", {}), **request.env}})
         name = check_name(request.name) if request.name else self._free_name()
-        record = SandboxRecord(new_id("sb"), name, State.CREATING, spec, datetime.now(UTC))
-        self._host.records.insert(record)
+        pooled = await self._pool.claim(name, spec) if request.start else None
+        record = pooled or SandboxRecord(new_id("sb"), name, State.CREATING, spec, datetime.now(UTC))
+        if pooled is None:
+            self._host.records.insert(record)
 
         async def work(stages: Stages) -> Sandbox:
             try:
                 async with self._host.locks.lifecycle(record.id, f"create of {name}"):
+                    crashpoint("create.row.after")
                     await self._create(record, stages, start=request.start)
             except BaseException as error:
-                self.forget(record)
+                self._host.forget(record)
                 self._host.events.emit("sandbox.create_failed", sandbox=record, reason=str(error))
                 raise
             return self._view(record.id)
@@ -90,7 +96,7 @@ class Sandboxes:
         return self._host.operations.start("create", name, work)
 
     async def _create(self, record: SandboxRecord, stages: Stages, *, start: bool) -> None:
-        self._host.paths.sandbox(record.id).root.mkdir(mode=0o700)
+        self._host.paths.sandbox(record.id).root.mkdir(mode=0o700, exist_ok=True)
         self._host.events.emit("sandbox.created", sandbox=record)
         if start:
             await self._boot(record, stages)
@@ -115,24 +121,36 @@ class Sandboxes:
 
     async def ensure_started(self, sandbox_id: str) -> None:
         """Start it unless it runs, without an operation of its own (for `exec --start`)."""
-        if self._host.live.get(sandbox_id) is None:
+        if self._host.records.by_id(sandbox_id).state is not State.RUNNING:
             async with self._host.locks.lifecycle(sandbox_id, "start"):
                 await self.ensure_running(sandbox_id, Stages(lambda _stages: None))
 
     async def ensure_running(self, sandbox_id: str, stages: Stages) -> None:
-        """Start it unless it runs; the caller holds the lifecycle lock."""
+        """Start it unless it runs, let it go on when it is paused; the caller holds the lifecycle lock."""
         record = self._host.records.by_id(sandbox_id)
-        if self._host.live.get(sandbox_id) is not None:
+        if (vm := self._host.live.get(sandbox_id)) is not None:
+            if record.state is State.PAUSED:
+                await self._go_on(record, vm)
             return
         self._host.records.update(sandbox_id, state=State.STARTING)
         try:
             await self._boot(record, stages)
         except BaseException as error:
-            self._host.records.update(sandbox_id, state=State.STOPPED, error=f"the last start failed: {error}")
+            state = State.STOPPED if record.memory is None else State.SUSPENDED
+            self._host.records.update(sandbox_id, state=state, error=f"the last start failed: {error}")
             raise
 
+    async def _go_on(self, record: SandboxRecord, vm: LiveVM) -> None:
+        """From a pause: the vCPUs run, the clock is right again."""
+        crashpoint("resume.cont.before")
+        await vm.machine.qmp("cont", timeout=30)
+        crashpoint("resume.cont.after")
+        self._host.records.update(record.id, state=State.RUNNING)
+        await (await vm.agent()).check_clock()
+        self._host.events.emit("sandbox.resumed", sandbox=record)
+
     async def _boot(self, record: SandboxRecord, stages: Stages) -> None:
-        vm = await Start(self._host, record).run(stages)
+        vm = await self._pool.wake(record, stages) or await self._starter.start(record, stages)
         self.watch(vm)
         self._host.events.emit("sandbox.started", sandbox=record, accel=vm.machine.accel)
 
@@ -150,13 +168,17 @@ class Sandboxes:
         vm = self._host.live.get(record.id)
         if vm is None:
             return StopResult(name=record.name, rung="none", durability="clean")
+        if record.state is State.PAUSED:  # its guest has to flush
+            await self._go_on(record, vm)
         self._host.records.update(record.id, state=State.STOPPING)
         try:
+            crashpoint("stop.flush.before")
             result = await stopping.stop(vm, record.name, force=request.force, timeout=request.timeout)
         except BaseException:
             if vm.machine.alive():
                 self._host.records.update(record.id, state=State.RUNNING)
             raise
+        crashpoint("stop.off.after")
         await self._ended(vm, record, State.STOPPED, None)
         self._host.events.emit(
             "sandbox.stopped", sandbox=record, rung=result.rung, durability=result.durability, seconds=result.seconds
@@ -185,8 +207,10 @@ class Sandboxes:
         async def work(stages: Stages) -> StopResult:
             async with self._host.locks.lifecycle(record.id, "kill"), stages.run("kill"):
                 vm = self._host.live.require(record.id, name)
+                crashpoint("kill.signal.before")
                 vm.ended_by_us = True
                 vm.machine.terminate(signum)
+                crashpoint("kill.signal.after")
                 if not await vm.ended(5.0):
                     vm.ended_by_us = False
                     raise FailedPrecondition(
@@ -205,15 +229,20 @@ class Sandboxes:
         """Change what a sandbox is. Names, env and labels apply at once; vcpus and memory at the next start."""
         record = self._host.records.by_name(name)
         async with self._host.locks.lifecycle(record.id, "set"):
+            record = self._host.records.by_id(record.id)
             spec, now, later = _changed(record.spec, request)
+            if request.name and request.name != record.name:
+                check_name(request.name)
+                now.append("name")
+            if self._host.live.get(record.id) is None:
+                now, later = [*now, *later], []
+            if request.dry_run:
+                return SetResult(sandbox=self._host.view(record), applied=now, at_next_start=later)
             if spec != record.spec:
                 self._host.records.update(record.id, spec=spec)
             if request.name and request.name != record.name:
-                self._host.records.update(record.id, name=check_name(request.name))
-                now.append("name")
+                self._host.records.update(record.id, name=request.name)
             changed = self._host.records.by_id(record.id)
-            if self._host.live.get(record.id) is None:
-                now, later = [*now, *later], []
             self._host.events.emit("sandbox.changed", sandbox=changed, applied=now, at_next_start=later)
             return SetResult(sandbox=self._host.view(changed), applied=now, at_next_start=later)
 
@@ -225,21 +254,28 @@ class Sandboxes:
 
         async def work(stages: Stages) -> dict[str, Any]:
             async with self._host.locks.lifecycle(record.id, "remove"), stages.run("remove"):
-                if (vm := self._host.live.get(record.id)) is not None:
-                    await stopping.force_down(vm)
-                    await self._ended(vm, record, State.STOPPED, None, keep=True)
-                self.forget(record)
-                self._host.events.emit("sandbox.removed", sandbox=record)
+                await self.end_now(record)
+                await self._forget(record)
             return {}
 
         return self._host.operations.start("remove", name, work)
 
-    def forget(self, record: SandboxRecord) -> None:
-        """The row goes first: a crash in between leaves a directory that doctor reports, never half a sandbox."""
-        self._host.records.delete(record.id)
-        files = self._host.paths.sandbox(record.id)
-        durable.remove_tree(files.root)
-        durable.remove_tree(files.sockets)
+    async def _forget(self, record: SandboxRecord, **why: str) -> None:
+        """Remove the row, the files, the checkpoints, and the layers that only they needed."""
+        self._host.forget(record)
+        crashpoint("rm.checkpoints.before")
+        for checkpoint in self._host.catalogue.of(record.id):
+            await asyncio.to_thread(self._host.catalogue.forget, checkpoint.info.id)
+        await garbage.collect(self._host)
+        self._host.events.emit("sandbox.removed", sandbox=record, **why)
+
+    async def end_now(self, record: SandboxRecord, state: State = State.STOPPED) -> None:
+        """End the VM, if there is one, without asking the guest; the caller holds the lifecycle lock."""
+        if (vm := self._host.live.get(record.id)) is not None:
+            crashpoint("end.machine.before")
+            await stopping.force_down(vm)
+            crashpoint("end.machine.after")
+            await self._ended(vm, record, state, None, keep=True)
 
     # ── watching ─────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -274,10 +310,10 @@ class Sandboxes:
         await vm.machine.close()
         for leftover in (vm.files.handles, vm.files.intake):
             leftover.unlink(missing_ok=True)
+        crashpoint("end.record.before")
         self._host.records.update(record.id, state=state, error=error, boot_id=None)
         if record.spec.ephemeral and not keep:
-            self.forget(record)
-            self._host.events.emit("sandbox.removed", sandbox=record, why="ephemeral")
+            await self._forget(record, why="ephemeral")
 
 
 def _changed(spec: SandboxSpec, request: SetRequest) -> tuple[SandboxSpec, list[str], list[str]]:
@@ -289,10 +325,13 @@ def _changed(spec: SandboxSpec, request: SetRequest) -> tuple[SandboxSpec, list[
         if (value := getattr(request, key)) is not None and value != fields[key]:
             fields[key] = value
             later.append(key)
-    for key in ("ttl", "idle_timeout"):
+    for key in ("ttl", "idle_timeout", "idle_suspend", "user", "workdir"):
         if (value := getattr(request, key)) is not None:
             fields[key] = value or None
             now.append(key)
+    if request.every_exec is not None:
+        fields["every_exec"] = request.every_exec
+        now.append("every_exec")
     for key in ("env", "labels"):
         if (changes := getattr(request, key)) is not None:
             merged = {**fields[key], **changes}

@@ -11,20 +11,20 @@ from limpet.models import Stats, SystemInfo
 from limpet.paths import Paths
 from limpet.services.live import LiveTable
 from limpet.services.records import Records
-from limpet.vmm import disks
+from limpet.vmm.layers import Layers, occupied
 
 _GUEST_SECONDS = 1.0  # a guest that does not answer in this time is left out of the statistics
 _LOG_BYTES = 4 << 20
 
 
 class StatsService:
-    def __init__(self, paths: Paths, records: Records, live: LiveTable) -> None:
-        self._paths, self._records, self._live = paths, records, live
+    def __init__(self, paths: Paths, records: Records, live: LiveTable, layers: Layers) -> None:
+        self._paths, self._records, self._live, self._layers = paths, records, live, layers
 
     async def one(self, name: str) -> Stats:
         record = self._records.by_name(name)
         files = self._paths.sandbox(record.id)
-        used = disks.disk_used(files.root_disk, files.data_disk, files.intake)
+        used = self._layers.used(*(record.disks or {}).values()) + occupied(files.intake)
         stats = Stats(name=name, state=record.state, memory_limit=record.spec.memory_mib << 20, disk_used=used)
         if (vm := self._live.get(record.id)) is None:
             return stats

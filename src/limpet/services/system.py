@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
 from limpet import images
-from limpet.models import PROTOCOL, DaemonStatus, ImageInfo, Operation
+from limpet.models import PROTOCOL, DaemonStatus, Operation, State
 from limpet.services.host import Host
 from limpet.services.operations import Stages
 from limpet.version import __version__
@@ -31,7 +31,8 @@ class System:
             cache_dir=str(paths.cache),
             socket=str(paths.daemon_socket),
             sandboxes=len(self._host.records.all()),
-            running=len(self._host.live),
+            running=sum(1 for record in self._host.records.all() if self._host.live.get(record.id)),
+            pooled=sum(1 for record in self._host.records.everything() if record.state is State.POOLED),
         )
 
     async def shutdown(self) -> None:
@@ -43,11 +44,3 @@ class System:
             return {"done": await images.setup(self._host.paths, progress=stages.report, mirror=mirror)}
 
         return self._host.operations.start("setup", None, work)
-
-
-class Images:
-    def __init__(self, host: Host) -> None:
-        self._host = host
-
-    async def list(self) -> Sequence[ImageInfo]:
-        return images.list_images(self._host.paths)

@@ -14,7 +14,8 @@ from limpet.models import Event, Operation, SandboxSpec, State, WorkspaceInfo
 Row = tuple[Any, ...]
 
 SANDBOX_COLUMNS = (
-    "id", "name", "state", "spec", "created_at", "started_at", "boot_id", "incarnation", "workspace", "error",
+    "id", "name", "state", "spec", "created_at", "started_at", "boot_id", "incarnation", "workspace", "error", "disks",
+    "parent", "memory",
 )  # fmt: skip
 EVENT_COLUMNS = ("seq", "time", "kind", "sandbox", "sandbox_id", "op_id", "data")
 OPERATION_COLUMNS = (
@@ -36,6 +37,9 @@ class SandboxRecord:
     incarnation: int = 0  # counts starts
     workspace: WorkspaceInfo | None = None
     error: str | None = None
+    disks: dict[str, str] | None = None  # the active layers: {"root": "ly_…", "data": "ly_…"}; None: not made yet
+    parent: str | None = None  # the checkpoint that its disks began with or went on from
+    memory: str | None = None  # the checkpoint that it is suspended to
 
 
 class SandboxChanges(TypedDict, total=False):
@@ -44,11 +48,15 @@ class SandboxChanges(TypedDict, total=False):
     name: str
     state: State
     spec: SandboxSpec
+    created_at: datetime
     started_at: datetime | None
     boot_id: str | None
     incarnation: int
     workspace: WorkspaceInfo | None
     error: str | None
+    disks: dict[str, str] | None
+    parent: str | None
+    memory: str | None
 
 
 def to_column(value: object) -> str | int | float | None:
@@ -82,6 +90,8 @@ def sandbox(row: Row) -> SandboxRecord:
         fields["started_at"] = datetime.fromisoformat(fields["started_at"])
     if fields["workspace"] is not None:
         fields["workspace"] = WorkspaceInfo.model_validate(json.loads(fields["workspace"]))
+    if fields["disks"] is not None:
+        fields["disks"] = json.loads(fields["disks"])
     return SandboxRecord(**fields)
 
 

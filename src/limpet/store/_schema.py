@@ -46,6 +46,12 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
            ) STRICT""",
         "CREATE INDEX operations_by_state ON operations (state, started_at)",
     ),
+    (
+        "ALTER TABLE sandboxes ADD COLUMN disks TEXT",  # {"root": layer, "data": layer} as JSON
+        "ALTER TABLE sandboxes ADD COLUMN parent TEXT",  # a checkpoint's id
+        "ALTER TABLE sandboxes ADD COLUMN memory TEXT",  # a checkpoint's id, while suspended
+        "CREATE TABLE settings (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT",
+    ),
 )
 VERSION = len(MIGRATIONS)
 

@@ -125,6 +125,19 @@ class Store:
         with self.transaction():
             self._db.execute("DELETE FROM sandboxes WHERE id = ?", (sandbox_id,))
 
+    # Settings
+
+    def settings(self) -> dict[str, str]:
+        """The settings that were changed from their defaults."""
+        return {str(key): str(value) for key, value in self._db.execute("SELECT key, value FROM settings")}
+
+    def save_setting(self, key: str, value: str | None) -> None:
+        """Change a setting; None: back to its default."""
+        with self.transaction():
+            self._db.execute("DELETE FROM settings WHERE key = ?", (key,))
+            if value is not None:
+                self._db.execute("INSERT INTO settings (key, value) VALUES (?, ?)", (key, value))
+
     # Events
 
     def append_event(

@@ -37,6 +37,7 @@ _USER_SPACE = b"Run /init as init process"  # kernel_init() in the kernel's init
 _REFINED = re.compile(rb"tsc: Refined TSC clocksource calibration: (\d+\.\d+) MHz")
 
 _log = log.get("vmm")
+_versions: dict[tuple[int, int], str] = {}
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,18 @@ async def kvm_boot(kernel: Path, initramfs: Path) -> str | None:
     if not said.strip():
         return f"a kernel under it printed nothing within {PROBE_S:g} s"
     return f"a kernel under it did not reach user space within {PROBE_S:g} s"
+
+
+async def qemu_version() -> str:
+    """The version of this host's QEMU, such as `7.2.22`: what its machines' state can be loaded by. Asked once for
+    each build of the program. Raises Unavailable."""
+    status = Path(process.require(QEMU)).stat()
+    key = (status.st_ino, status.st_mtime_ns)
+    if key not in _versions:
+        said = (await process.run([QEMU, "--version"], timeout=10)).stdout.decode(errors="replace")
+        match = re.search(r"version (\S+)", said)
+        _versions[key] = match.group(1) if match else said.strip()[:40]
+    return _versions[key]
 
 
 async def tsc_khz(cache: Path, *, kernel: Path) -> int | None:

@@ -5,7 +5,7 @@ The machine is QEMU's microvm board with virtio-mmio devices only. Where several
 
     disk      vda agent   squashfs, read-only, shared by all machines
               vdb root    qcow2 overlay over an image
-              vdc data    qcow2 overlay over a blank Btrfs disk
+              vdc data    qcow2 with the Btrfs data disk
               vdd intake  raw scratch for bulk data from the host
     serial    ttyS0 → console log;   virtio-serial port `limpet.agent` → channel socket
 """
@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from limpet.vmm.memory import RAM_BLOCK, MemoryImage
 from limpet.vmm.network import GuestNetwork
 
 Accel = Literal["kvm", "tcg"]
@@ -39,7 +40,8 @@ class MachineSpec:
 
     `tsc_khz` is the frequency of the guest's time-stamp counter; without it a boot under TCG may stall in calibration.
     `tb_mib` bounds TCG's cache of translated code, None: in proportion to the memory. `network` None: the guest has
-    no network device. `append` goes to the kernel's command line as it is."""
+    no network device. `append` goes to the kernel's command line as it is. `memory`: start from this memory image
+    instead of booting the kernel; the machine then stands still until it is told to continue."""
 
     name: str
     uuid: str
@@ -61,11 +63,13 @@ class MachineSpec:
     tb_mib: int | None = None
     network: GuestNetwork | None = None
     append: tuple[str, ...] = ()
+    memory: MemoryImage | None = None
 
 
 @dataclass(frozen=True)
 class Descriptors:
-    """Open files that QEMU inherits by number: the kernel, two listening sockets, and its end of the network."""
+    """Open files that QEMU inherits by number: the kernel, or the state of a memory image in its place; two listening
+    sockets; its end of the network."""
 
     kernel: int
     qmp: int
@@ -81,7 +85,7 @@ def command_line(spec: MachineSpec, inherited: Descriptors) -> Arguments:
         *board(spec.accel),
         *accelerator(spec.accel, spec.tb_mib or translation_cache(spec.memory_mib)),
         *_size(spec),
-        *_kernel(spec, inherited.kernel),
+        *_start(spec, inherited.kernel),
         *_disks(spec),
         *_console(spec.console_log),
         *_control(inherited.qmp),
@@ -139,10 +143,17 @@ def _identity(spec: MachineSpec) -> Arguments:
 
 
 def _size(spec: MachineSpec) -> Arguments:
-    return ["-smp", str(spec.vcpus), "-m", f"{spec.memory_mib}M"]
+    size = {"id": RAM_BLOCK, "size": spec.memory_mib << 20}
+    backend: dict[str, object] = {"qom-type": "memory-backend-ram", **size}
+    if spec.memory:  # private: what the guest writes stays in this process, the file is never written
+        backend = {"qom-type": "memory-backend-file", "mem-path": str(spec.memory.ram), "share": False, **size}
+    return ["-smp", str(spec.vcpus), "-m", f"{spec.memory_mib}M", *_json("-object", backend),
+            "-machine", f"memory-backend={RAM_BLOCK}"]  # fmt: skip
 
 
-def _kernel(spec: MachineSpec, fd: int) -> Arguments:
+def _start(spec: MachineSpec, fd: int) -> Arguments:
+    if spec.memory:
+        return ["-incoming", f"fd:{fd}", "-S"]
     parameters = [*kernel_parameters(spec.accel, spec.tsc_khz), *spec.append]
     if spec.network:
         parameters.append(spec.network.kernel_parameter())
@@ -153,21 +164,30 @@ def _disks(spec: MachineSpec) -> Arguments:
     durable = {"werror": "stop", "rerror": "report"}  # a full host disk pauses the guest instead of corrupting it
     return [
         *_disk("agent", {"driver": "raw", "read-only": True}, _file(spec.agent_disk, {"read-only": True})),
-        *_disk("root", {"driver": "qcow2", "discard": "unmap"}, _file(spec.root_disk), durable),
-        *_disk("data", {"driver": "qcow2", "discard": "unmap"}, _file(spec.data_disk), durable),
+        *_disk("root", {"driver": "qcow2", "discard": "unmap"}, _file(spec.root_disk), durable, node(spec.root_disk)),
+        *_disk("data", {"driver": "qcow2", "discard": "unmap"}, _file(spec.data_disk), durable, node(spec.data_disk)),
         # limpet writes to the intake disk while QEMU has it open.
         *_disk("intake", {"driver": "raw"}, _file(spec.intake, {"locking": "off"})),
     ]
 
 
+def node(disk: Path) -> str:
+    """The name of the block node that writes to a disk file: which layer that is can be asked of a running machine."""
+    return disk.stem
+
+
 def _disk(
-    name: str, node: Mapping[str, object], file: Mapping[str, object], device: Mapping[str, object] | None = None
+    name: str,
+    driver: Mapping[str, object],
+    file: Mapping[str, object],
+    device: Mapping[str, object] | None = None,
+    node_name: str | None = None,
 ) -> Arguments:
     # Writes go through the host's page cache and the guest's flushes through fsync: cache=writeback, never unsafe.
-    cache = {"direct": False, "no-flush": False}
+    cache, node_name = {"direct": False, "no-flush": False}, node_name or name
     return [
-        *_json("-blockdev", {"node-name": name, "cache": cache, **node, "file": {"cache": cache, **file}}),
-        *_json("-device", {"driver": "virtio-blk-device", "id": f"disk-{name}", "drive": name, "serial": name,
+        *_json("-blockdev", {"node-name": node_name, "cache": cache, **driver, "file": {"cache": cache, **file}}),
+        *_json("-device", {"driver": "virtio-blk-device", "id": f"disk-{name}", "drive": node_name, "serial": name,
                            **(device or {})}),
     ]  # fmt: skip
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 import socket
 from collections.abc import AsyncIterator, Iterator, Mapping
@@ -20,7 +21,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from limpet import log, process
-from limpet.errors import BadRequest, DeadlineExceeded, LimpetError, Unavailable
+from limpet.crashpoint import crashpoint
+from limpet.errors import BadRequest, DeadlineExceeded, FailedPrecondition, LimpetError, Unavailable
 from limpet.process import ProcessRef
 from limpet.vmm import kernel, lock, network
 from limpet.vmm.command import Accel, Descriptors, MachineSpec, command_line
@@ -32,6 +34,7 @@ from limpet.vmm.stats import MachineStats, Meter
 
 GREETING_S = 15.0  # QEMU greets within 100 ms; a host that swaps may need longer
 _HELPER_S = 2.0
+_LOAD_POLL_S = 0.001
 Rung = Literal["quit", "sigterm", "sigkill"]
 
 _log = log.get("vmm")
@@ -48,17 +51,21 @@ class Machine:
 
     @classmethod
     async def launch(cls, spec: MachineSpec, *, timeout: float = GREETING_S) -> Machine:
-        """Start QEMU for `spec` and wait up to `timeout` seconds for its greeting; the guest boots from then on.
+        """Start QEMU for `spec` and wait up to `timeout` seconds for its greeting; the guest boots from then on. With
+        a memory image it stands still, with its memory loaded, until `cont`.
 
         Raises Busy when this machine runs already, Unavailable when a tool is missing or QEMU ends or stays silent,
         FailedPrecondition when it refuses the disks, the memory or the accelerator. On failure nothing is left."""
         mark_start(spec.console_log)
         log_start = mark_start(spec.qemu_log)
-        async with kernel.lent(spec.kernel) as kernel_fd:
+        async with _beginning(spec) as kernel_fd:
             with lock.taken(spec.lock) as lock_fd:
                 children, handles = _spawn(spec, lock_fd, kernel_fd)
             try:
+                crashpoint("launch.spawn.after")
                 control = await _first_greeting(spec.qmp_socket, handles.qemu, timeout)
+                if spec.memory is not None:
+                    await _loaded(control, timeout)
                 _require_network(children)
             except BaseException as error:
                 status = await asyncio.shield(_destroy(children))
@@ -130,6 +137,14 @@ class Machine:
         async for event in self._control.events():
             yield event
 
+    async def give(self, name: str, fd: int) -> None:
+        """Hand QEMU a duplicate of a descriptor, to be named in a later command (QMP getfd)."""
+        await self._control.give(name, fd)
+
+    async def run_state(self) -> str:
+        """QEMU's run state (qemu-qmp-ref(7), RunState): running, paused, postmigrate, io-error …"""
+        return str((await self.qmp("query-status"))["status"])
+
     async def stats(self) -> MachineStats:
         """What the machine costs the host now. Raises Unavailable when it has ended."""
         return await self._meter.measure(self._control)
@@ -194,6 +209,23 @@ def _reference(child: process.Child) -> ProcessRef:
     return process.reference(child.pid) or ProcessRef(child.pid, -1)
 
 
+@contextlib.asynccontextmanager
+async def _beginning(spec: MachineSpec) -> AsyncIterator[int]:
+    """A descriptor of what the machine begins with: the kernel, or the state of its memory image."""
+    if spec.memory is None:
+        async with kernel.lent(spec.kernel) as fd:
+            yield fd
+        return
+    try:
+        fd = os.open(spec.memory.state, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise FailedPrecondition(f"cannot read the memory image {spec.memory.state}: {error.strerror}") from None
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
 @contextlib.contextmanager
 def _listening(path: Path) -> Iterator[int]:
     """A listening Unix socket (0600) whose descriptor QEMU inherits: it can be connected to before QEMU is ready."""
@@ -219,6 +251,13 @@ async def _first_greeting(path: Path, qemu: ProcessRef, timeout: float) -> Contr
         for task in (connecting, ending):
             task.cancel()
         await asyncio.gather(connecting, ending, return_exceptions=True)
+
+
+async def _loaded(control: Control, timeout: float) -> None:
+    """Wait until the memory image is loaded. A QEMU that cannot load it ends."""
+    async with asyncio.timeout(timeout):
+        while (await control.execute("query-status"))["status"] == "inmigrate":
+            await asyncio.sleep(_LOAD_POLL_S)
 
 
 def _require_network(children: tuple[process.Child, ...]) -> None:

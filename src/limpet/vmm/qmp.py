@@ -78,6 +78,14 @@ class Control:
         except (QMPError, OSError, EOFError) as error:
             raise Unavailable(f"the connection to QEMU is lost ({command}): {error}") from None
 
+    async def give(self, name: str, fd: int) -> None:
+        """Send a descriptor along with `getfd`, under which `name` later commands find it."""
+        try:
+            self._client.send_fd_scm(fd)
+        except (QMPError, OSError) as error:
+            raise Unavailable(f"the connection to QEMU is lost (getfd): {error}") from None
+        await self.execute("getfd", {"fdname": name})
+
     async def events(self) -> AsyncIterator[MachineEvent]:
         """Events since the connection was made, until it ends. One consumer at a time."""
         ending = asyncio.ensure_future(self._ended())

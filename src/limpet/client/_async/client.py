@@ -20,23 +20,14 @@ from limpet.errors import DeadlineExceeded, Unavailable
 from limpet.names import check_name
 
 if TYPE_CHECKING:
+    from limpet.client._async.checkpoints import AsyncCheckpoints
+    from limpet.client._async.images import AsyncImages
     from limpet.client._async.operations import AsyncOperations, OnStage
     from limpet.client._async.sandboxes import AsyncSandboxes
-    from limpet.models import DaemonStatus, DoctorReport, Event, ImageInfo, Stats
+    from limpet.client._async.upkeep import AsyncConfig, AsyncSystem, AsyncTemplates
+    from limpet.models import DaemonStatus, DoctorReport, Event, Stats
 
 _STOP_POLL = 0.05  # seconds between two looks whether the daemon is gone
-
-
-class AsyncImages:
-    """The images that sandboxes are made from."""
-
-    def __init__(self, transport: AsyncTransport) -> None:
-        self._transport = transport
-
-    async def list(self) -> Sequence[ImageInfo]:
-        from limpet.models import ImageInfo
-
-        return [ImageInfo.model_validate(item) for item in await self._transport.request("GET", "/v1/images")]
 
 
 class AsyncClient:
@@ -54,7 +45,6 @@ class AsyncClient:
         autostart: bool = True,
     ) -> None:
         self._transport = AsyncTransport(home, timeout=timeout, autostart=autostart)
-        self.images = AsyncImages(self._transport)
 
     @cached_property
     def sandboxes(self) -> AsyncSandboxes:
@@ -67,6 +57,36 @@ class AsyncClient:
         from limpet.client._async.operations import AsyncOperations
 
         return AsyncOperations(self._transport)
+
+    @cached_property
+    def checkpoints(self) -> AsyncCheckpoints:
+        from limpet.client._async.checkpoints import AsyncCheckpoints
+
+        return AsyncCheckpoints(self._transport)
+
+    @cached_property
+    def images(self) -> AsyncImages:
+        from limpet.client._async.images import AsyncImages
+
+        return AsyncImages(self._transport)
+
+    @cached_property
+    def templates(self) -> AsyncTemplates:
+        from limpet.client._async.upkeep import AsyncTemplates
+
+        return AsyncTemplates(self._transport)
+
+    @cached_property
+    def config(self) -> AsyncConfig:
+        from limpet.client._async.upkeep import AsyncConfig
+
+        return AsyncConfig(self._transport)
+
+    @cached_property
+    def system(self) -> AsyncSystem:
+        from limpet.client._async.upkeep import AsyncSystem
+
+        return AsyncSystem(self._transport)
 
     async def exec(self, name: str, command: str | Sequence[str], **options: Any) -> AsyncExec:
         """Start a command in the sandbox of this name and follow it: the quickest way in, one round trip. `options`

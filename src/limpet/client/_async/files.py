@@ -17,7 +17,7 @@ from limpet.errors import NotFound
 from limpet.models import FileInfo, Unpacked
 
 if TYPE_CHECKING:
-    from limpet.client._async.sandboxes import AsyncSandbox
+    from limpet.client._async.sandbox import AsyncSandbox
 
 Source = bytes | str | BinaryIO | Iterable[bytes] | AsyncIterator[bytes]
 

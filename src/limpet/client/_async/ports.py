@@ -9,7 +9,7 @@ from limpet.client._async.transport import AsyncTransport
 from limpet.models import PortMapping
 
 if TYPE_CHECKING:
-    from limpet.client._async.sandboxes import AsyncSandbox
+    from limpet.client._async.sandbox import AsyncSandbox
 
 
 class AsyncPorts:

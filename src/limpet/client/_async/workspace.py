@@ -12,7 +12,7 @@ from limpet.client._async.transport import AsyncTransport
 from limpet.models import ApplyResult, Changes, Drift, ImportResult
 
 if TYPE_CHECKING:
-    from limpet.client._async.sandboxes import AsyncSandbox
+    from limpet.client._async.sandbox import AsyncSandbox
 
 
 class AsyncWorkspace:

@@ -21,23 +21,14 @@ from limpet.errors import DeadlineExceeded, Unavailable
 from limpet.names import check_name
 
 if TYPE_CHECKING:
+    from limpet.client._sync.checkpoints import Checkpoints
+    from limpet.client._sync.images import Images
     from limpet.client._sync.operations import Operations, OnStage
     from limpet.client._sync.sandboxes import Sandboxes
-    from limpet.models import DaemonStatus, DoctorReport, Event, ImageInfo, Stats
+    from limpet.client._sync.upkeep import Config, System, Templates
+    from limpet.models import DaemonStatus, DoctorReport, Event, Stats
 
 _STOP_POLL = 0.05  # seconds between two looks whether the daemon is gone
-
-
-class Images:
-    """The images that sandboxes are made from."""
-
-    def __init__(self, transport: Transport) -> None:
-        self._transport = transport
-
-    def list(self) -> Sequence[ImageInfo]:
-        from limpet.models import ImageInfo
-
-        return [ImageInfo.model_validate(item) for item in self._transport.request("GET", "/v1/images")]
 
 
 class Client:
@@ -55,7 +46,6 @@ class Client:
         autostart: bool = True,
     ) -> None:
         self._transport = Transport(home, timeout=timeout, autostart=autostart)
-        self.images = Images(self._transport)
 
     @cached_property
     def sandboxes(self) -> Sandboxes:
@@ -68,6 +58,36 @@ class Client:
         from limpet.client._sync.operations import Operations
 
         return Operations(self._transport)
+
+    @cached_property
+    def checkpoints(self) -> Checkpoints:
+        from limpet.client._sync.checkpoints import Checkpoints
+
+        return Checkpoints(self._transport)
+
+    @cached_property
+    def images(self) -> Images:
+        from limpet.client._sync.images import Images
+
+        return Images(self._transport)
+
+    @cached_property
+    def templates(self) -> Templates:
+        from limpet.client._sync.upkeep import Templates
+
+        return Templates(self._transport)
+
+    @cached_property
+    def config(self) -> Config:
+        from limpet.client._sync.upkeep import Config
+
+        return Config(self._transport)
+
+    @cached_property
+    def system(self) -> System:
+        from limpet.client._sync.upkeep import System
+
+        return System(self._transport)
 
     def exec(self, name: str, command: str | Sequence[str], **options: Any) -> Exec:
         """Start a command in the sandbox of this name and follow it: the quickest way in, one round trip. `options`

@@ -18,7 +18,7 @@ from limpet.errors import NotFound
 from limpet.models import FileInfo, Unpacked
 
 if TYPE_CHECKING:
-    from limpet.client._sync.sandboxes import Sandbox
+    from limpet.client._sync.sandbox import Sandbox
 
 Source = bytes | str | BinaryIO | Iterable[bytes] | Iterator[bytes]
 

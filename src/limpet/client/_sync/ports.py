@@ -10,7 +10,7 @@ from limpet.client._sync.transport import Transport
 from limpet.models import PortMapping
 
 if TYPE_CHECKING:
-    from limpet.client._sync.sandboxes import Sandbox
+    from limpet.client._sync.sandbox import Sandbox
 
 
 class Ports:

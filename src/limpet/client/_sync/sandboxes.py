@@ -1,5 +1,5 @@
 # Made by tools/unasync.py from ../_async/sandboxes.py: edit that one.
-"""Sandboxes: made, found, and used."""
+"""All sandboxes: made and found."""
 
 from __future__ import annotations
 
@@ -7,187 +7,16 @@ import builtins
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal, Self, overload
+from typing import Any, Literal
 
 from limpet import models
 from limpet.client import _wire, _workdir
-from limpet.client._sync import exec as exec_module
-from limpet.client._sync.exec import Exec, ExecHandle, OnNotice
-from limpet.client._sync.files import Archive, Files
 from limpet.client._sync.operations import Operations, OnStage
-from limpet.client._sync.ports import Ports
+from limpet.client._sync.sandbox import Sandbox
 from limpet.client._sync.transport import Transport
-from limpet.client._sync.workspace import Workspace
-from limpet.client._results import ExecResult
-from limpet.errors import AlreadyExists, BadRequest, FailedPrecondition, LimpetError, NotFound
-from limpet.models import (
-    DEFAULT_MEMORY_MIB,
-    DEFAULT_VCPUS,
-    ExecInfo,
-    Operation,
-    SetResult,
-    Stats,
-    StopResult,
-    SystemInfo,
-)
+from limpet.errors import AlreadyExists, BadRequest, NotFound
+from limpet.models import Operation
 from limpet.names import check_name, to_label
-
-LogSource = Literal["console", "agent", "qemu"]
-_STOP_TIMEOUT = 30.0  # seconds, as the daemon's default
-
-
-class Sandbox:
-    """One sandbox. As a context manager it removes an ephemeral sandbox at the end and leaves any other as it is."""
-
-    def __init__(self, transport: Transport, name: str, info: models.Sandbox | None = None) -> None:
-        self._transport, self.name, self._info = transport, name, info
-        self._operations = Operations(transport)
-        self.files = Files(transport, self)
-        self.archive = Archive(transport, self)
-        self.workspace = Workspace(transport, self)
-        self.ports = Ports(transport, self)
-
-    def path(self, *more: str) -> str:
-        """The route of this sandbox, or of something in it."""
-        return _wire.path_of("sandboxes", check_name(self.name), *more)
-
-    @property
-    def info(self) -> models.Sandbox:
-        """What was known of it when the daemon was last asked; `refresh` asks."""
-        if self._info is None:
-            raise FailedPrecondition(f"nothing is known of '{self.name}' yet", hint="call refresh() first")
-        return self._info
-
-    def refresh(self) -> models.Sandbox:
-        """Ask the daemon what the sandbox is now."""
-        self._info = models.Sandbox.model_validate(self._transport.request("GET", self.path()))
-        self.name = self._info.name
-        return self._info
-
-    def _run(self, verb: str, body: Mapping[str, Any], on_stage: OnStage | None) -> dict[str, Any]:
-        return self._operations.run("POST", self.path(verb), body=body, on_stage=on_stage)
-
-    def start(self, *, on_stage: OnStage | None = None) -> models.Sandbox:
-        """Boot it; nothing happens when it runs."""
-        self._info = models.Sandbox.model_validate(self._run("start", {}, on_stage))
-        return self._info
-
-    def stop(
-        self, *, force: bool = False, timeout: float = _STOP_TIMEOUT, on_stage: OnStage | None = None
-    ) -> StopResult:
-        """Make its data durable and power it off, within `timeout` seconds. `force`: go on when the data cannot be
-        flushed. The result tells how far the ladder had to go."""
-        body = {"force": force, "timeout": timeout}
-        return StopResult.model_validate(self._run("stop", body, on_stage))
-
-    def restart(
-        self, *, force: bool = False, timeout: float = _STOP_TIMEOUT, on_stage: OnStage | None = None
-    ) -> models.Sandbox:
-        """`stop` and `start`."""
-        body = {"force": force, "timeout": timeout}
-        self._info = models.Sandbox.model_validate(self._run("restart", body, on_stage))
-        return self._info
-
-    def kill(self, signal: str = "KILL", *, on_stage: OnStage | None = None) -> StopResult:
-        """End the virtual machine at once: what the guest did not sync is lost."""
-        return StopResult.model_validate(self._run("kill", {"signal": signal}, on_stage))
-
-    def remove(self, *, force: bool = False, on_stage: OnStage | None = None) -> None:
-        """Delete it and its disks. A running one only with `force`."""
-        self._operations.run("DELETE", self.path(), params={"force": force}, on_stage=on_stage)
-
-    def set(
-        self, *, vcpus: int | None = None, memory_mib: int | None = None, env: Mapping[str, str | None] | None = None,
-        labels: Mapping[str, str | None] | None = None, ttl: float | None = None, idle_timeout: float | None = None,
-        name: str | None = None,
-    ) -> SetResult:  # fmt: skip
-        """Change what is not None; None as a value of `env` and `labels` removes that key, 0 removes a time-out (in
-        seconds). The result tells what is in force now and what at the next start."""
-        body = {
-            "name": name, "vcpus": vcpus, "memory_mib": memory_mib, "env": _plain(env), "labels": _plain(labels),
-            "ttl": ttl, "idle_timeout": idle_timeout,
-        }  # fmt: skip
-        result = SetResult.model_validate(self._transport.request("PATCH", self.path(), body=body))
-        self._info, self.name = result.sandbox, result.sandbox.name
-        return result
-
-    def rename(self, name: str) -> None:
-        self.set(name=check_name(name))
-
-    def stats(self) -> Stats:
-        return Stats.model_validate(self._transport.request("GET", self.path("stats")))
-
-    def system(self) -> SystemInfo:
-        """The guest's own view of itself."""
-        return SystemInfo.model_validate(self._transport.request("GET", self.path("system")))
-
-    def logs(self, source: LogSource = "console", tail: int | None = None) -> bytes:
-        """The last `tail` lines (all when None) of a log; also of a stopped sandbox."""
-        params = {"source": source, "tail": tail}
-        with self._transport.stream("GET", self.path("logs"), params=params) as response:
-            return response.read()
-
-    @overload
-    def exec(
-        self, command: str | Sequence[str], *, stream: Literal[True], stdin: bytes | bool = ...,
-        env: Mapping[str, str] | None = ...,
-        cwd: str | None = ..., user: str | None = ..., timeout: float | None = ..., tty: bool = ..., rows: int = ...,
-        cols: int = ..., start: bool = ..., on_notice: OnNotice | None = ...,
-    ) -> Exec: ...  # fmt: skip
-    @overload
-    def exec(
-        self, command: str | Sequence[str], *, detach: Literal[True], env: Mapping[str, str] | None = ...,
-        cwd: str | None = ..., user: str | None = ..., timeout: float | None = ..., tty: bool = ..., rows: int = ...,
-        cols: int = ..., start: bool = ..., on_notice: OnNotice | None = ...,
-    ) -> ExecHandle: ...  # fmt: skip
-    @overload
-    def exec(
-        self, command: str | Sequence[str], *, stdin: bytes = ..., env: Mapping[str, str] | None = ...,
-        cwd: str | None = ..., user: str | None = ..., timeout: float | None = ..., tty: bool = ..., rows: int = ...,
-        cols: int = ..., start: bool = ..., on_notice: OnNotice | None = ...,
-    ) -> ExecResult: ...  # fmt: skip
-    def exec(
-        self, command: str | Sequence[str], *, stream: bool = False, detach: bool = False, **options: Any
-    ) -> Exec | ExecHandle | ExecResult:
-        """Run a command: a string as a line for `sh`, a sequence as an argument vector.
-
-        By default waits and returns an ExecResult. `stream`: return at once what can be iterated over for
-        `(lane, bytes)`; with `stdin=True` it has a `stdin` to write to. `detach`: start it and let go.
-        `stdin` bytes are its input. `timeout` in seconds ends its whole process group. `start`: boot a stopped
-        sandbox first. `user` and `cwd` default to the image's user and the workspace."""
-        mode: exec_module.Mode = "detach" if detach else "follow" if stream else "wait"
-        return exec_module.run(self._transport, check_name(self.name), command, mode, **options)
-
-    def attach(
-        self, exec_id: str, *, stdout: int | None = 0, stderr: int | None = 0, stdin: bool = False, steal: bool = False
-    ) -> Exec:
-        """Follow a running or ended command from these offsets in bytes; None leaves that lane out."""
-        handle = ExecHandle(self._transport, check_name(self.name), exec_id)
-        return handle.attach(stdout=stdout, stderr=stderr, stdin=stdin, steal=steal)
-
-    def execs(self) -> list[ExecInfo]:
-        """The commands that run and the last ones that ended."""
-        return [ExecInfo.model_validate(item) for item in self._transport.request("GET", self.path("execs"))]
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._info is None or not self._info.spec.ephemeral:
-            return
-        try:
-            self.remove(force=True)
-        except NotFound:
-            pass  # it stopped by itself, and with that was removed
-        except LimpetError:
-            if error is None:
-                raise  # but never hide the error with which the block was left
-
-    def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self.name} {self._info.state if self._info else '?'}>"
 
 
 class Sandboxes:
@@ -225,9 +54,10 @@ class Sandboxes:
         return Sandbox(self._transport, info.name, info)
 
     def begin_create(self, name: str | None = None, **spec: Any) -> Operation:
-        """Begin to make a sandbox: follow the operation with `client.operations`. `spec`: image, vcpus, memory_mib,
-        env, labels, network ("user" or "none"), ports ({host: guest}; host 0: any free one), ephemeral, ttl,
-        idle_timeout (seconds), start."""
+        """Begin to make a sandbox: follow the operation with `client.operations`. `spec`: image (`NAME[:TAG]`), vcpus,
+        memory_mib, env, labels, user, workdir, entrypoint (where left out, as the image has it), network ("user" or
+        "none"), ports ({host: guest}; host 0: any free one), ephemeral, ttl, idle_timeout, idle_suspend (seconds),
+        every_exec (a disk checkpoint before each command), start."""
         body = _create_body(name, **spec)
         return Operation.model_validate(self._transport.request("POST", _wire.path_of("sandboxes"), body=body))
 
@@ -255,8 +85,7 @@ class Sandboxes:
         box = next((box for box in self.list() if box.name == name), None)
         if box is None:
             return self.create(name, on_stage=on_stage, **spec)
-        if box.info.state != "running":
-            box.start(on_stage=on_stage)
+        box.wake(on_stage=on_stage)
         return box
 
     def for_directory(
@@ -271,8 +100,7 @@ class Sandboxes:
         if box is None:
             box, made = self._create_named(root, name, spec, on_stage), True
         try:
-            if box.info.state != "running":
-                box.start(on_stage=on_stage)
+            box.wake(on_stage=on_stage)
             workspace = box.info.workspace
             if sync or workspace is None or workspace.status != "complete":
                 result = box.workspace.import_(root, on_stage=on_stage)
@@ -318,21 +146,21 @@ class Sandboxes:
         raise AlreadyExists(f"all names like '{label}' are taken", hint="pass --name")
 
 
-def _plain(mapping: Mapping[str, str | None] | None) -> dict[str, str | None] | None:
-    return None if mapping is None else dict(mapping)
-
-
 def _create_body(
-    name: str | None, *, image: str = "base", vcpus: int = DEFAULT_VCPUS, memory_mib: int = DEFAULT_MEMORY_MIB,
+    name: str | None, *, image: str = "base", vcpus: int | None = None, memory_mib: int | None = None,
     env: Mapping[str, str] | None = None, labels: Mapping[str, str] | None = None,
     network: Literal["user", "none"] = "user", ports: Mapping[int, int] | Sequence[tuple[int, int]] = (),
-    ephemeral: bool = False, ttl: float | None = None, idle_timeout: float | None = None, start: bool = True,
+    ephemeral: bool = False, ttl: float | None = None, idle_timeout: float | None = None,
+    idle_suspend: float | None = None, every_exec: bool = False, user: str | None = None, workdir: str | None = None,
+    entrypoint: Sequence[str] | None = None, start: bool = True,
 ) -> dict[str, Any]:  # fmt: skip
-    """A CreateRequest. Only the name is checked here; the daemon checks everything."""
+    """A CreateRequest. Only the name is checked here; the daemon checks everything. What is None is not sent: it is
+    the image's to say."""
     pairs = ports.items() if isinstance(ports, Mapping) else ports
     return {
         "name": None if name is None else check_name(name), "image": image, "vcpus": vcpus, "memory_mib": memory_mib,
-        "env": dict(env or {}), "labels": dict(labels or {}), "network": network,
-        "ports": [{"host": host, "guest": guest} for host, guest in pairs], "ephemeral": ephemeral, "ttl": ttl,
-        "idle_timeout": idle_timeout, "start": start,
+        "env": None if env is None else dict(env), "labels": None if labels is None else dict(labels),
+        "network": network, "ports": [{"host": host, "guest": guest} for host, guest in pairs], "ephemeral": ephemeral,
+        "ttl": ttl, "idle_timeout": idle_timeout, "idle_suspend": idle_suspend, "every_exec": every_exec, "user": user,
+        "workdir": workdir, "entrypoint": None if entrypoint is None else [*entrypoint], "start": start,
     }  # fmt: skip

@@ -28,7 +28,7 @@ from limpet.services.workspaces import git, install
 from limpet.services.workspaces.export import count
 from limpet.services.workspaces.repository import discover
 from limpet.services.workspaces.staged import StagedGit
-from limpet.services.workspaces.threads import to_its_end
+from limpet.threads import to_its_end
 
 _GITLINK = "160000"
 _FILE_MODES = ("100644", "100755", "120000")

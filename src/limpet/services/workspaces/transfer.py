@@ -28,8 +28,8 @@ from limpet.names import new_id
 from limpet.services.workspaces.guest import Guest
 from limpet.services.workspaces.staged import StagedGit
 from limpet.services.workspaces.tarstream import Member, changed, chunked, tar
-from limpet.services.workspaces.threads import to_its_end
 from limpet.services.workspaces.tree import ImportPlan, plan_import
+from limpet.threads import to_its_end
 
 ROOT = "/workspace"
 Progress = Callable[[int, int], None]  # bytes sent, bytes in all as far as is known

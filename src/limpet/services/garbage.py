@@ -1,0 +1,47 @@
+"""What nothing needs any more: layers that no sandbox, checkpoint or template reaches."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+
+from limpet.crashpoint import crashpoint
+from limpet.errors import FailedPrecondition
+from limpet.services.host import Host
+from limpet.vmm.layers import occupied
+
+
+def roots(host: Host) -> Iterator[str]:
+    """The layers from which everything that is needed can be reached."""
+    for record in host.records.everything():
+        yield from (record.disks or {}).values()
+    yield from host.catalogue.roots()
+    yield from host.templates.roots()
+
+
+async def collect(host: Host) -> int:
+    """Delete the layers that nothing reaches; the bytes that this freed. Does nothing when something is built
+    meanwhile: then the next collection does it."""
+    builds = host.layers.builds
+    doomed = await asyncio.to_thread(host.layers.garbage, list(roots(host)))
+    if host.layers.builds != builds:  # what was looked at is not how things are now
+        return 0
+    return sum(_delete(path) for path in doomed)
+
+
+def _delete(path: Path) -> int:
+    freed = occupied(path)
+    crashpoint("layer.delete.before")
+    path.unlink(missing_ok=True)
+    crashpoint("layer.delete.after")
+    return freed
+
+
+def require_unused(host: Host, checkpoint_id: str) -> None:
+    """Raises FailedPrecondition when a suspended sandbox's memory is in this checkpoint."""
+    for record in host.records.everything():
+        if record.memory == checkpoint_id:
+            raise FailedPrecondition(
+                f"{record.name} is suspended to {checkpoint_id}", hint=f"limpet resume {record.name}"
+            )

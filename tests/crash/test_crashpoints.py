@@ -1,0 +1,124 @@
+"""Whatever ends the daemon or a VM, wherever: nothing that was promised is lost, and nothing is left lying about.
+
+`make test` kills the daemon at every point once and during recovery; `make test-crash` also makes each operation fail
+at each of its points and kills VMs in the middle (LIMPET_TEST_CRASH=all), and does every operation again.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+import limpet
+from limpet.models import State
+from tests.crash.cases import OPERATIONS, RECOVERIES, Case, cases, suspend
+from tests.crash.world import COUNT, Loss, World
+
+pytestmark = [pytest.mark.vm, pytest.mark.timeout(180)]
+
+ALL = os.environ.get("LIMPET_TEST_CRASH") == "all"
+_SOURCES = Path(limpet.__file__).parent
+
+
+def test_every_crash_point_in_the_sources_is_reached() -> None:
+    """DESIGN 6: a crash point that no test reaches fails the build; so does a name that is none."""
+    sources = "".join(path.read_text() for path in _SOURCES.rglob("*.py") if path.name != "crashpoint.py")
+    named = re.findall(r'\bcrashpoint\("([^"]+)"\)', sources)
+    assert len(named) == sources.count("crashpoint("), "the name of a crash point is a literal"
+    tried = {case.point for case in cases() if case.action == "kill"}
+    tried |= {point for recovery in RECOVERIES.values() for point in recovery.points.split()}
+    assert set(named) == tried
+
+
+@pytest.mark.parametrize("case", [case for case in cases() if ALL or case.action == "kill"], ids=str)
+def test_a_fault_in_the_middle_loses_nothing(world: World, case: Case) -> None:
+    """VM-6, VM-8, VM-10, FRZ-4, FRZ-6: the sandbox is what it says, its data and its checkpoints are whole, no VM and
+    no file is left over, and the operation can be done again."""
+    operation = OPERATIONS[case.operation]
+    world.ready()
+    world.write(f"token-{COUNT.faults}")
+    operation.prepare(world)
+    error = world.crash(case.point, case.action, lambda: operation.run(world))
+    if case.action == "kill":
+        world.recover()
+    else:
+        assert error is not None or case.action == "machine" or not operation.told, "nobody was told"
+        world.client.system.prune()
+    if case.operation.startswith("pool"):
+        world.drain()
+    machine_died = case.action == "machine"
+    world.check(
+        states=(*operation.states, State.ERROR, State.STOPPED) if machine_died else operation.states,
+        memory=operation.memory and not machine_died, goes_back=operation.goes_back, others=operation.others,
+    )  # fmt: skip
+    if ALL or (case.last and operation.told):
+        operation.prepare(world)
+        operation.run(world)
+        if case.operation.startswith("pool"):
+            world.drain()
+    world.tidy()
+
+
+@pytest.mark.parametrize(
+    ("name", "point"), [(name, point) for name, known in RECOVERIES.items() for point in known.points.split()]
+)
+def test_a_daemon_killed_while_it_recovers_is_recovered_from(world: World, name: str, point: str) -> None:
+    """VM-10: recovery can be cut off, too."""
+    recovery = RECOVERIES[name]
+    world.ready()
+    world.write(f"token-{COUNT.faults}")
+    recovery.left(world)
+    world.die_starting(point)
+    world.recover()
+    world.check(states=(State.RUNNING, State.STOPPED, State.SUSPENDED), memory=recovery.memory)
+    world.tidy()
+
+
+def test_the_early_checkpoint_can_still_be_gone_back_to(world: World) -> None:
+    """FRZ-6, FRZ-7: after all of this."""
+    world.ready()
+    assert world.client.checkpoints.verify(world.early, boot=True).booted
+    suspend(world)
+
+
+# ── the checks themselves can fail ───────────────────────────────────────────────────────────────────────────────────
+
+_LATE = """
+from limpet.services.records import Records
+update = Records.update
+Records.update = lambda self, of, **new: self.by_id(of) if set(new) == {"disks"} else update(self, of, **new)
+"""
+_NO_COLLECTION = """
+from limpet.services import garbage
+async def collect(host):
+    return 0
+garbage.collect = collect
+"""
+
+
+def test_a_switch_before_its_record_is_noticed(spoilt: World) -> None:
+    """A negative control: a daemon that records new disks only after the switch loses what is written next."""
+    world = spoilt
+    world.stop_daemon()
+    world.start_changed(_LATE)
+    world.crash("instant.switch.after", "kill", world.box.checkpoint)
+    world.recover()
+    with pytest.raises(Loss, match="which no record reaches"):
+        world.check(states=(State.RUNNING,), memory=True)
+    COUNT.losses.pop()
+
+
+def test_recovery_without_collection_is_noticed(spoilt: World) -> None:
+    """A negative control: a daemon that leaves out a step of its recovery leaves something lying about."""
+    world = spoilt
+    world.crash("instant.overlay.after", "kill", world.box.checkpoint)
+    world.start_changed(_NO_COLLECTION)
+    with pytest.raises(Loss, match="nothing needs"):
+        world.check(states=(State.RUNNING,), memory=True)
+    COUNT.losses.pop()
+    world.kill_daemon()
+    world.recover()
+    world.check(states=(State.RUNNING,), memory=True)
