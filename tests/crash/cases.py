@@ -43,11 +43,12 @@ class Operation:
 
 @dataclass(frozen=True)
 class Case:
-    """One fault. `last`: the last one of its operation."""
+    """One fault. `first`: the first that kills the daemon at this point; `last`: the last one of its operation."""
 
     operation: str
     point: str
     action: Action
+    first: bool = False
     last: bool = False
 
     def __str__(self) -> str:
@@ -261,17 +262,17 @@ def remove_template(world: World) -> None:
 def fill_pool(world: World) -> None:
     """Have one warm VM."""
     world.client.config.set("pool.size", "1")
-    until(lambda: bool(world.pooled()) or not world.alive(), 20, "the pool is not filled")
+    until(lambda: "pooled" in world.pooled() or not world.alive(), 15, "the pool is not filled")
 
 
 def drained(world: World) -> None:
     world.ready()
     world.drain()
+    create(world)  # its shape is what the pool stands for
 
 
 def filled(world: World) -> None:
-    world.ready()
-    create(world)  # its shape is what the pool stands for
+    drained(world)
     fill_pool(world)
 
 
@@ -359,9 +360,11 @@ OPERATIONS = {
 def cases() -> list[Case]:
     """Every fault, in the order of the operations."""
     found: list[Case] = []
+    killed: set[str] = set()
     for name, operation in OPERATIONS.items():
         points = operation.points.split()
-        found += [Case(name, point, "kill", last=point == points[-1]) for point in points]
+        found += [Case(name, point, "kill", point not in killed, point == points[-1]) for point in points]
+        killed |= set(points)
         found += [Case(name, point, "raise") for point in points if point not in operation.unraised.split()]
         found += [Case(name, point, "machine") for point in operation.machine.split()]
     return found

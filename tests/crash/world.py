@@ -92,6 +92,10 @@ class World:
         """Whether the daemon listens."""
         return _daemon.listening(self.home / "run" / "daemon.sock")
 
+    def dead(self, daemon: int) -> bool:
+        """Whether a daemon has ended: all of its threads, which hold its socket longer than the first one lives."""
+        return _state(daemon) in "ZX" and not self.alive()
+
     def die_starting(self, point: str) -> None:
         """Start a daemon that is killed before it serves."""
         self.arm(point, "kill")
@@ -114,7 +118,7 @@ class World:
 
     def kill_daemon(self) -> None:
         os.kill(pid := self.pid(), signal.SIGKILL)
-        until(lambda: _state(pid) in "ZX", _SETTLE_S, "the daemon does not die")
+        until(lambda: self.dead(pid), _SETTLE_S, "the daemon does not die")
 
     def stop_daemon(self) -> None:
         self.client.shutdown()
@@ -157,7 +161,7 @@ class World:
         worker = threading.Thread(target=work, daemon=True)
         worker.start()
         if action == "kill":
-            until(lambda: _state(daemon) in "ZX", _DEATH_S, f"{point} was not reached")
+            until(lambda: self.dead(daemon), _DEATH_S, f"{point} was not reached")
         else:
             until(lambda: not self.armed, _DEATH_S, f"{point} was not reached")
         if action == "machine":
@@ -205,8 +209,8 @@ class World:
                 self.client.checkpoints.remove(info.id)
 
     def pooled(self) -> list[str]:
-        """The sandboxes of limpet's own that are recorded."""
-        return [name for name, _ in self._rows() if name.startswith("+")]
+        """The states of limpet's own sandboxes."""
+        return [state for name, state, _ in self._rows() if name.startswith("+")]
 
     def drain(self) -> None:
         """Have no warm VMs."""
@@ -279,14 +283,14 @@ class World:
 
     def _reachable(self) -> set[str]:
         """The files below all recorded disks."""
-        tops = [self.home / "data" / "layers" / f"{layer}.qcow2" for _, disks in self._rows() for layer in disks]
+        tops = [self.home / "data" / "layers" / f"{layer}.qcow2" for _, _, disks in self._rows() for layer in disks]
         return {os.path.realpath(path) for top in tops for path in layers.chain(top)}
 
-    def _rows(self) -> list[tuple[str, list[str]]]:
-        """The names of all sandboxes that are recorded, with their layers."""
+    def _rows(self) -> list[tuple[str, str, list[str]]]:
+        """The names of all sandboxes that are recorded, with their states and layers."""
         with contextlib.closing(sqlite3.connect(f"file:{self.home}/data/limpet.db?mode=ro", uri=True)) as database:
-            rows = database.execute("SELECT name, disks FROM sandboxes").fetchall()
-        return [(name, list(json.loads(disks or "{}").values())) for name, disks in rows]
+            rows = database.execute("SELECT name, state, disks FROM sandboxes").fetchall()
+        return [(name, state, list(json.loads(disks or "{}").values())) for name, state, disks in rows]
 
     def _check_files(self) -> None:
         rows = [row for row in self.client.doctor().rows if row.check in _MINE and row.status != "PASS"]

@@ -42,6 +42,7 @@ class FakeMachine:
         return self.lives
 
     async def end(self, *, patience: float) -> str:
+        await asyncio.sleep(0)
         self.lives = False
         return "quit"
 
@@ -251,6 +252,18 @@ def test_a_vm_that_died_in_the_pool_is_not_given_to_anybody(world: World) -> Non
         assert claimed is not None and claimed.id == world.made[1].sandbox_id
         assert world.host.records.find(dead.sandbox_id) is None and world.host.live.get(dead.sandbox_id) is None
         assert not world.host.paths.sandbox(dead.sandbox_id).root.exists()
+
+    run(world, work)
+
+
+def test_a_create_that_ends_a_dead_vm_does_not_take_what_another_took_meanwhile(world: World) -> None:
+    async def work(pool: Pool) -> None:
+        await size(world, 2)
+        await full(pool)
+        cast(FakeMachine, world.made[0].machine).lives = False
+        found = await asyncio.gather(*(pool.claim(f"box-{number}", SandboxSpec()) for number in range(3)))
+        [claimed] = [record for record in found if record is not None]
+        assert world.host.records.by_id(world.made[1].sandbox_id).name == claimed.name
 
     run(world, work)
 

@@ -164,5 +164,5 @@ def test_a_disk_is_written_through_a_node_that_is_named_after_its_layer() -> Non
 
 def test_writes_that_free_space_reach_the_layers_as_holes() -> None:
     """FRZ-6: what the guest deletes and trims is given back."""
-    layers = [found for found in parsed(command_line(make_spec(Path("/v")), FDS), "-blockdev")]
+    layers = parsed(command_line(make_spec(Path("/v")), FDS), "-blockdev")
     assert all(found["discard"] == "unmap" for found in layers if found["driver"] == "qcow2")

@@ -72,7 +72,7 @@ for path in ("/usr/bin/passwd", "/usr/bin/sudo", "/etc/shadow", "/home/user", "/
     s = os.lstat(path)
     print(path, oct(s.st_mode), s.st_uid, s.st_gid, s.st_size, os.listxattr(path))
 """
-_WRITER = "i=0; while :; do i=$((i+1)); echo $i >> /srv/log; echo $i >> /home/user/log; done"
+_WRITER = "i=0; while :; do i=$((i+1)); echo $i >> /srv/log; echo $i >> /home/user/log; sleep 0.01; done"
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -14,21 +13,9 @@ import pytest
 from limpet import Client, errors
 from limpet.client import Sandbox
 from tests.conftest import Cli, run_cli
+from tests.vm.kit import daemon_pid, wait_until
 
 pytestmark = pytest.mark.vm
-
-
-def daemon_pid(home: Path) -> int:
-    return int(json.loads(run_cli(home, "daemon", "status", "--json").stdout)["pid"])
-
-
-def wait_until(condition: object, seconds: float = 20.0) -> None:
-    """Wait for `condition()` to be true, at most `seconds`."""
-    assert callable(condition)
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.05)
 
 
 def test_stop_under_load_is_clean_and_every_printed_line_is_in_the_file(client: Client) -> None:

@@ -92,7 +92,7 @@ def test_an_idle_sandbox_is_suspended_but_not_one_that_is_in_use(box: Sandbox, c
     """VM-16: told in the events; the next command finds everything."""
     seen = max((event.seq for event in client.events()), default=0)
     box.set(idle_suspend=0.5)
-    with box.exec(["sleep", "7"], stream=True, cwd="/") as command:  # longer than the period of looking
+    with box.exec(["sleep", "5.5"], stream=True, cwd="/") as command:  # longer than the period of looking
         assert command.result().exit_code == 0
         assert box.refresh().state == "running"
     wait_until(lambda: box.refresh().state == "suspended", 15)

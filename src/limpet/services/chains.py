@@ -15,15 +15,17 @@ import itertools
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from limpet import log, process
 from limpet.crashpoint import crashpoint
-from limpet.errors import LimpetError
+from limpet.errors import FailedPrecondition, LimpetError
 from limpet.services import garbage
 from limpet.services.host import Host
 from limpet.services.live import LiveVM
 from limpet.store import SandboxRecord
 from limpet.vmm import layers
+from limpet.vmm.command import node
 from limpet.vmm.machine import Machine
 
 DEEPEST = 8  # layers of one disk, the image not counted
@@ -57,6 +59,7 @@ class Folding:
                 try:
                     done &= await _fold(self._host, record, chains.get(layer, []), needed)
                 except (LimpetError, OSError, TimeoutError) as error:
+                    done = False
                     _log.warning("fold.failed", sandbox=record.name, layer=layer, reason=str(error))
         await garbage.collect(self._host)
         if done:
@@ -118,12 +121,16 @@ def lowest(chain: Sequence[Path], needed: set[Path]) -> Path | None:
 
 async def _online(machine: Machine, top: Path, base: Path) -> None:
     job = f"fold-{top.stem}"
-    arguments = {"device": node(top), "job-id": job, "base-node": await _name(machine, base),
-                 "backing-file": os.path.relpath(base, top.parent)}  # fmt: skip
+    arguments: dict[str, Any] = {
+        "device": node(top), "job-id": job, "base-node": await _name(machine, base),
+        "backing-file": os.path.relpath(base, top.parent),
+    }  # fmt: skip
     await machine.qmp("block-stream", **arguments)
     async with asyncio.timeout(_LIMIT_S):
         while any(found["id"] == job for found in await machine.qmp("query-jobs")):
             await asyncio.sleep(_POLL)
+    if layers.backing_file(top) != base:  # called off, or failed: QEMU forgets a job with its end
+        raise FailedPrecondition(f"{top.name} was not folded")
 
 
 async def _name(machine: Machine, path: Path) -> str:

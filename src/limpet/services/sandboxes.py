@@ -88,6 +88,7 @@ class Sandboxes:
                     crashpoint("create.row.after")
                     await self._create(record, stages, start=request.start)
             except BaseException as error:
+                await asyncio.shield(self.end_now(record))  # one out of the pool that was not woken
                 self._host.forget(record)
                 self._host.events.emit("sandbox.create_failed", sandbox=record, reason=str(error))
                 raise

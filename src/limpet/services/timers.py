@@ -40,7 +40,7 @@ async def run(host: Host, sandboxes: Sandboxes, standing: Standing) -> None:
     """Look around every few seconds, for ever; copy the database once a day."""
     copied = -math.inf
     clocks, folding = Clocks(), chains.Folding(host)
-    await asyncio.gather(*(_set_clock(host, vm) for vm in host.live))  # an earlier daemon may have ended in a pause
+    await asyncio.gather(*(_go_on(host, vm) for vm in host.live))
     while True:
         if time.monotonic() - copied > _DAY:
             copied = time.monotonic()
@@ -78,6 +78,13 @@ class Clocks:
         """How far the calendar's and the boot clock are ahead of the monotonic one, which stops in sleep."""
         monotonic = time.clock_gettime(time.CLOCK_MONOTONIC)
         return time.time() - monotonic, time.clock_gettime(time.CLOCK_BOOTTIME) - monotonic
+
+
+async def _go_on(host: Host, vm: LiveVM) -> None:
+    """An earlier daemon may have ended while a guest stood still, or while its file systems were frozen."""
+    with contextlib.suppress(LimpetError):
+        await (await vm.agent(_AGENT_S)).thaw()
+    await _set_clock(host, vm)
 
 
 async def _set_clock(host: Host, vm: LiveVM) -> None:
