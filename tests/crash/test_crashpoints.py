@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import re
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,7 @@ from tests.crash.world import COUNT, Loss, World
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(180)]
 
 ALL = os.environ.get("LIMPET_TEST_CRASH") == "all"
+_LATER_S = 3  # seconds in which a daemon is cut off
 _SOURCES = Path(limpet.__file__).parent
 
 
@@ -99,15 +102,27 @@ garbage.collect = collect
 """
 
 
-def test_a_switch_before_its_record_is_noticed(spoilt: World) -> None:
-    """A negative control: a daemon that records new disks only after the switch loses what is written next."""
+@pytest.mark.parametrize("patch", ["", _LATE], ids=["as-it-is", "changed"])
+def test_what_is_written_after_a_switch_survives_only_because_that_was_recorded_before(
+    spoilt: World, patch: str
+) -> None:
+    """FRZ-6, and a negative control: a daemon that records new disks only after the switch, and ends in between, loses
+    what the guest writes from then on."""
     world = spoilt
     world.stop_daemon()
-    world.start_changed(_LATE)
+    world.start_changed(patch)
+    world.box.exec(f"sleep {_LATER_S}; echo later > /home/user/token; sync", detach=True)
     world.crash("instant.switch.after", "kill", world.box.checkpoint)
+    time.sleep(_LATER_S + 1)
+    for machine in world.machines():
+        os.kill(machine, signal.SIGKILL)
+    world.token = "later"
     world.recover()
-    with pytest.raises(Loss, match="which no record reaches"):
-        world.check(states=(State.RUNNING,), memory=True)
+    if not patch:
+        world.check(states=(State.STOPPED, State.ERROR), memory=False)
+        return
+    with pytest.raises(Loss, match="on the disk is"):
+        world.check(states=(State.STOPPED, State.ERROR), memory=False)
     COUNT.losses.pop()
 
 

@@ -68,7 +68,7 @@ class Catalogue:
         return [known for known in self.all() if known.info.sandbox_id == sandbox_id]
 
     def roots(self) -> Iterator[str]:
-        """The layers that checkpoints need; of a damaged one nothing is known, so its layers may go."""
+        """The layers that checkpoints need. Of a damaged one nothing is known: see garbage.py."""
         for known in self._known.values():
             yield from known.manifest.layer_ids().values()
 

@@ -103,7 +103,7 @@ class Doctor:
         for checkpoint, problem in self._host.catalogue.damaged.items():
             rows.append(Row(check="checkpoints", status="FAIL", detail=problem,
                             remedy=f"limpet checkpoint rm {checkpoint}"))  # fmt: skip
-        for path in self._host.layers.garbage(list(garbage.roots(self._host))):
+        for path in garbage.found(self._host, list(garbage.roots(self._host))):
             rows.append(_warn("leftovers", f"nothing needs {path}", "limpet system prune"))
         for record in self._records.everything():
             beginning = record.state in (State.CREATING, State.STARTING)  # it becomes known when it answers

@@ -20,11 +20,17 @@ def roots(host: Host) -> Iterator[str]:
     yield from host.templates.roots()
 
 
+def found(host: Host, tops: list[str]) -> list[Path]:
+    """The layers that nothing reaches; may be called in a thread. None while a checkpoint cannot be read: nobody knows
+    what it needs. Doctor names it, and it can be removed."""
+    return [] if host.catalogue.damaged else host.layers.garbage(tops)
+
+
 async def collect(host: Host) -> int:
     """Delete the layers that nothing reaches; the bytes that this freed. Does nothing when something is built
     meanwhile: then the next collection does it."""
     builds = host.layers.builds
-    doomed = await asyncio.to_thread(host.layers.garbage, list(roots(host)))
+    doomed = await asyncio.to_thread(found, host, list(roots(host)))
     if host.layers.builds != builds:  # what was looked at is not how things are now
         return 0
     return sum(_delete(path) for path in doomed)

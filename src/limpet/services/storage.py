@@ -52,7 +52,7 @@ class Storage:
                     total += status.st_blocks * 512
             return total
 
-        doomed = host.layers.garbage(roots)
+        doomed = garbage.found(host, roots)
         waste = sum(occupied(path) for path in doomed)
         artifacts = take(_tree(paths.artifacts)) + take(_tree(paths.pieces))
         image_bytes = take(_tree(paths.images.resolve()))
@@ -117,7 +117,7 @@ class Storage:
 
     async def _prune(self, request: PruneRequest, stale: list[str]) -> PruneResult:
         host = self._host
-        doomed = host.layers.garbage(list(garbage.roots(host)))
+        doomed = garbage.found(host, list(garbage.roots(host)))
         removed = [*(f"layer {path.stem}" for path in doomed), *(f"template {key}" for key in stale)]
         freed = sum(occupied(path) for path in doomed)
         freed += sum(size_of(host.paths.templates / key) for key in stale)
