@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 _DATA_PATIENCE = 30.0  # seconds that operations wait for the data disk
 _DATA_LOOK = 0.01
+_AHEAD = 2.0  # seconds after which what ran ahead has long ended
 _FROZEN_AT_MOST = 30.0  # seconds
 
 
@@ -204,7 +205,10 @@ class Agent:
         from limpet_agent import renewal
 
         self._only_in_a_machine()
+        ahead = renewal.run_ahead()
         answer = renewal.renew(params)
+        if ahead:
+            self.loop.after(_AHEAD, lambda: renewal.reap(ahead))
         self.log("renewed", stream.op_id, failed=answer["failed"])
         stream.answer(answer)
 
