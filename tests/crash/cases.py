@@ -302,7 +302,7 @@ OPERATIONS = {
         remove,
         "end.machine.before end.machine.after end.record.before forget.files.before forget.row.before forget.row.after "
         "rm.checkpoints.before layer.delete.before layer.delete.after",
-        with_twin, others=("twin",),
+        with_twin, unraised="forget.row.after", others=("twin",),
     ),
     "create": Operation(
         create, "create.row.after start.launch.after", unraised="start.launch.after", others=("new",)
@@ -315,10 +315,10 @@ OPERATIONS = {
     ),
     "resume": Operation(
         wake,
-        "resume.disks.before resume.disks.after launch.spawn.after start.launch.after start.record.before "
-        "resume.forget.before",
+        "resume.disks.before resume.disks.after launch.spawn.after start.launch.after start.record.before",
         suspended, machine="start.launch.after start.record.before", states=(R, S),
     ),
+    "resume-forget": Operation(wake, "resume.forget.before", suspended, states=(R, S), told=False),
     "restore": Operation(
         restore, "restore.end.before restore.end.after restore.disks.before restore.disks.after start.launch.after",
         machine="restore.end.before start.launch.after", states=(R, X), memory=False, goes_back=True,

@@ -44,6 +44,7 @@ def test_a_fault_in_the_middle_loses_nothing(world: World, case: Case) -> None:
         memory=operation.memory and not machine_died, goes_back=operation.goes_back, others=operation.others,
     )  # fmt: skip
     if ALL or (case.last and operation.told and operation.memory):
+        world.write(f"token-{COUNT.faults}-again")
         operation.prepare(world)
         operation.run(world)
         if case.operation.startswith("pool"):

@@ -101,6 +101,7 @@ class Pool:
             self._host.events.emit("pool.failed", sandbox=record, reason=error.message)
             await self._end(record)
             self._host.records.update(record.id, disks=None)
+            self._host.layers.drop(*(record.disks or {}).values())
             return None
 
     # ── filling ──────────────────────────────────────────────────────────────────────────────────────────────────

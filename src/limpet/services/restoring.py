@@ -50,9 +50,10 @@ class Restoring:
             return found
 
     async def undo(self, name: str) -> Operation:
-        """Back to the newest checkpoint that was not made by going back. Raises FailedPrecondition without one."""
+        """Back to the newest checkpoint that was asked for, not one that going back or a suspend made. Raises
+        FailedPrecondition without one."""
         record = self._host.records.by_name(name)
-        own = [known for known in self._host.catalogue.of(record.id) if known.info.made_by != "restore"]
+        own = [known for known in self._host.catalogue.of(record.id) if known.info.made_by in ("user", "exec")]
         if not own:
             raise FailedPrecondition(f"{name} has no checkpoint to go back to", hint=f"limpet checkpoint create {name}")
         return self._in_place(record, own[-1], disk_only=False)
@@ -90,13 +91,13 @@ class Restoring:
             sandbox_id, disks=new, parent=checkpoint.info.id, memory=None, workspace=checkpoint.info.workspace,
             spec=origins.spec(checkpoint, memory), state=State.STARTING if memory or was_running else State.STOPPED,
         )  # fmt: skip
-        crashpoint("restore.disks.after")
-        if memory is not None or was_running:
-            try:
-                vm = await Start(host, record, memory).run(stages)
-            except BaseException as error:
-                self._go_back(before, error)
-                raise
+        try:
+            crashpoint("restore.disks.after")
+            vm = await Start(host, record, memory).run(stages) if memory or was_running else None
+        except BaseException as error:
+            self._go_back(before, error)
+            raise
+        if vm is not None:
             self._sandboxes.watch(vm)
         host.events.emit("sandbox.restored", sandbox=record, checkpoint=checkpoint.info.id,
                          saved=saved.info.id if saved else None)  # fmt: skip

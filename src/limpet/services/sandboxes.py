@@ -281,17 +281,19 @@ class Sandboxes:
     # ── watching ─────────────────────────────────────────────────────────────────────────────────────────────────
 
     def watch(self, vm: LiveVM) -> None:
-        """Notice when this VM ends by itself."""
+        """Notice when this VM ends by itself, or by us when what was to follow failed."""
         vm.watcher = asyncio.create_task(self._watch(vm), name=f"watch {vm.sandbox_id}")
 
     async def _watch(self, vm: LiveVM) -> None:
         await vm.ended()
-        if vm.ended_by_us:
-            return
         with log.operation():
             async with self._host.locks.lifecycle(vm.sandbox_id, "clean-up"):
                 record = self._host.records.find(vm.sandbox_id)
                 if record is None or self._host.live.get(vm.sandbox_id) is not vm:
+                    return
+                if vm.ended_by_us:
+                    state = State.STOPPED if record.memory is None else State.SUSPENDED
+                    await self._ended(vm, record, state, None)
                     return
                 death = vm.explain_death()
                 clean, reason = death.clean, None if death.clean else death.message

@@ -9,11 +9,14 @@ Whoever comes back finds the right time and fresh entropy, as after every restor
 
 from __future__ import annotations
 
+import contextlib
+
 from limpet.crashpoint import crashpoint
-from limpet.errors import FailedPrecondition
+from limpet.errors import FailedPrecondition, LimpetError
 from limpet.models import Operation, Sandbox, State
 from limpet.services import checkpointing
 from limpet.services.host import Host
+from limpet.services.live import LiveVM
 from limpet.services.operations import Stages
 from limpet.services.sandboxes import Sandboxes
 from limpet.store import SandboxRecord
@@ -33,8 +36,12 @@ class Standing:
                 if self._host.records.by_id(record.id).state is not State.PAUSED:
                     crashpoint("pause.stop.before")
                     await vm.machine.qmp("stop")
-                    crashpoint("pause.stop.after")
-                    changed = self._host.records.update(record.id, state=State.PAUSED)
+                    try:
+                        crashpoint("pause.stop.after")
+                        changed = self._host.records.update(record.id, state=State.PAUSED)
+                    except BaseException:
+                        await vm.machine.qmp("cont", timeout=30)
+                        raise
                     self._host.events.emit("sandbox.paused", sandbox=changed)
             return self._view(record)
 
@@ -77,15 +84,23 @@ class Standing:
             await vm.machine.qmp("stop")  # nothing may change between the memory image and the end of the process
             try:
                 checkpoint = await checkpointing.make(self._host, record, made_by="suspend")
+                crashpoint("suspend.record.before")
+                self._host.records.update(record.id, memory=checkpoint.info.id, state=State.SUSPENDED)
+                crashpoint("suspend.record.after")
+                await self._sandboxes.end_now(record, State.SUSPENDED)
             except BaseException:
-                if record.state is not State.PAUSED:
-                    await vm.machine.qmp("cont", timeout=30)
+                await self._stay(record, vm)
                 raise
-            crashpoint("suspend.record.before")
-            self._host.records.update(record.id, memory=checkpoint.info.id, state=State.SUSPENDED)
-            crashpoint("suspend.record.after")
-            await self._sandboxes.end_now(record, State.SUSPENDED)
         self._host.events.emit("sandbox.suspended", sandbox=record, checkpoint=checkpoint.info.id)
+
+    async def _stay(self, record: SandboxRecord, vm: LiveVM) -> None:
+        """After a suspend that failed: if its VM is still there, it goes on as it was."""
+        if vm.machine.alive():
+            self._host.records.update(record.id, memory=None, state=record.state)
+            if record.state is not State.PAUSED:
+                await vm.machine.qmp("cont", timeout=30)
+                with contextlib.suppress(LimpetError):
+                    await (await vm.agent()).check_clock()
 
     def _view(self, record: SandboxRecord) -> Sandbox:
         return self._host.view(self._host.records.by_id(record.id))

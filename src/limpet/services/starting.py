@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import replace
 
+from limpet import log
 from limpet.crashpoint import crashpoint
 from limpet.errors import LimpetError
 from limpet.services import disks, garbage, origins
@@ -21,6 +22,8 @@ from limpet.services.operations import Stages
 from limpet.services.templatecache import Template
 from limpet.services.templates import Templates
 from limpet.store import SandboxRecord
+
+_log = log.get("starting")
 
 
 class Starter:
@@ -75,6 +78,9 @@ class Starter:
         spec = record.spec.model_copy(update={"vcpus": same.vcpus, "memory_mib": same.memory_mib})
         vm = await Start(host, replace(record, spec=spec), memory).run(stages)
         host.records.update(record.id, parent=checkpoint.info.parent)
-        crashpoint("resume.forget.before")
-        await asyncio.to_thread(host.catalogue.forget, checkpoint_id)
+        try:
+            crashpoint("resume.forget.before")
+            await asyncio.to_thread(host.catalogue.forget, checkpoint_id)
+        except (LimpetError, OSError) as error:  # it runs; the next daemon removes what is used up
+            _log.warning("checkpoint left behind", checkpoint=checkpoint_id, reason=str(error))
         return vm

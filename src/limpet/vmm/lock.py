@@ -68,7 +68,8 @@ async def gone(ref: process.ProcessRef, timeout: float | None) -> None:
         return
     loop, ended = asyncio.get_running_loop(), asyncio.Event()
     try:
-        if not ref.alive():
+        # not `alive`: a first thread that is dead says nothing of the others, which still hold the lock
+        if process.start_time(ref.pid) not in (None, ref.started):
             return
         loop.add_reader(fd, ended.set)
         async with asyncio.timeout(timeout):
