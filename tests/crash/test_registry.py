@@ -6,7 +6,8 @@ import re
 from pathlib import Path
 
 import limpet
-from tests.crash.cases import RECOVERIES, cases
+from tests.crash.cases import cases
+from tests.crash.recoveries import RECOVERIES
 
 _SOURCES = Path(limpet.__file__).parent
 

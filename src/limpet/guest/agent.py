@@ -10,19 +10,30 @@ import asyncio
 import time
 from collections.abc import AsyncIterable, AsyncIterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, TypeVar
-
-from pydantic import BaseModel, Field, ValidationError
+from typing import Any
 
 from limpet import errors
-from limpet.guest.execs import Exit, Gap, GuestExec, Output, Started, summary
+from limpet.guest.answers import (
+    Entries,
+    ExecAnswer,
+    ExecsAnswer,
+    Frozen,
+    Identity,
+    InfoAnswer,
+    ModelT,
+    Pong,
+    Renewed,
+    Thawed,
+    Unpacked,
+    given_up,
+    valid,
+)  # fmt: skip
+from limpet.guest.execs import Exit, Gap, GuestExec, Output, Started
 from limpet.guest.intake import whole_slots
 from limpet.guest.mux import Channel
 from limpet.guest.streams import CHUNK, Data, Stream, nonsense
 from limpet.models import ExecInfo, FileInfo, SystemInfo
 from limpet.names import new_id
-
-ModelT = TypeVar("ModelT", bound=BaseModel)
 
 _MOST_ENTRIES = 1_000_000  # of one directory
 _LOG_LIMIT = 4 << 20
@@ -30,69 +41,6 @@ INTERNAL = "in"  # ids of commands that limpet runs for itself begin so; users' 
 _CLOCK_SLACK = 0.05  # seconds
 _CLOCK_TRIES = 3
 _SHORT = 15.0  # seconds for an answer that needs no work
-
-
-class Pong(BaseModel):
-    """The agent's answer to a ping. `data` is "ready", "waiting" or "failed: why"."""
-
-    version: str = Field(max_length=64)
-    protocol: int
-    boot_id: str = Field(max_length=64)
-    time_ns: int
-    agent_pid: int
-    agent_starts: int
-    uptime: float
-    data: str = Field(max_length=4096)
-
-
-@dataclass(frozen=True)
-class Identity:
-    """Who a guest shall be. `machine_id`: 32 hex digits; `entropy`: hex; `network`: address/prefix, gateway, dns,
-    mac."""
-
-    hostname: str
-    machine_id: str
-    boot_id: str
-    entropy: str
-    network: Mapping[str, str] | None = None
-
-
-class _Renewed(BaseModel):
-    time_ns: int
-    boot_id: str = Field(max_length=64)
-    failed: list[str] = Field(max_length=32)
-
-
-class _Frozen(BaseModel):
-    frozen: list[str] = Field(max_length=64)
-    failed: list[str] = Field(max_length=64)
-
-
-class _Thawed(BaseModel):
-    was_frozen: bool
-
-
-class Unpacked(BaseModel):
-    """What an unpacked archive held."""
-
-    files: int = Field(ge=0)
-    bytes: int = Field(ge=0)
-
-
-class _ExecAnswer(BaseModel):
-    exec: ExecInfo
-
-
-class _ExecsAnswer(BaseModel):
-    execs: list[ExecInfo]
-
-
-class _Entries(BaseModel):
-    entries: list[FileInfo]
-
-
-class _InfoAnswer(BaseModel):
-    info: FileInfo
 
 
 @dataclass(frozen=True)
@@ -141,7 +89,7 @@ class Agent:
         """Make the guest somebody else: clock, entropy, names, ids, network. Raises FailedPrecondition with what could
         not be renewed."""
         began, told_ns = time.monotonic(), time.time_ns()
-        answer = await self._ask(_Renewed, "renew", timeout, time_ns=told_ns, **asdict(identity))
+        answer = await self._ask(Renewed, "renew", timeout, time_ns=told_ns, **asdict(identity))
         if answer.failed:
             raise errors.FailedPrecondition(f"the guest could not be renewed: {'; '.join(answer.failed)[:1000]}")
         under_way = time.monotonic() - began - (answer.time_ns - told_ns) / 1e9  # the rest is the work after the clock
@@ -155,7 +103,7 @@ class Agent:
     async def freeze(self, seconds: float) -> list[str]:
         """Freeze the guest's file systems on disks, at most for `seconds`: then it thaws by itself. Answers where they
         are mounted. Raises FailedPrecondition, thawed again, when one of them cannot be frozen."""
-        answer = await self._ask(_Frozen, "fs.freeze", seconds + _SHORT, seconds=seconds)
+        answer = await self._ask(Frozen, "fs.freeze", seconds + _SHORT, seconds=seconds)
         if answer.failed:
             await self.thaw()
             raise errors.FailedPrecondition(f"the guest's disks could not be frozen: {'; '.join(answer.failed)[:1000]}")
@@ -163,7 +111,7 @@ class Agent:
 
     async def thaw(self) -> bool:
         """Thaw them; whether they were frozen until now."""
-        return (await self._ask(_Thawed, "fs.thaw")).was_frozen
+        return (await self._ask(Thawed, "fs.thaw")).was_frozen
 
     async def system(self) -> SystemInfo:
         """What the guest knows of itself."""
@@ -215,8 +163,8 @@ class Agent:
 
     async def _start(self, detach: bool, **params: Any) -> tuple[Stream, Started]:
         stream = await self.channel.open("exec.start", detach=detach, **params)
-        async with _given_up(stream):
-            return stream, _valid(Started, (await stream.message()).get("started"), stream)
+        async with given_up(stream):
+            return stream, valid(Started, (await stream.message()).get("started"), stream)
 
     async def attach(
         self, ident: str, *, stdout: int | None = 0, stderr: int | None = 0, stdin: bool = False, steal: bool = False
@@ -226,24 +174,24 @@ class Agent:
         stream = await self.channel.open(
             "exec.attach", id=ident, stdout=stdout, stderr=stderr, stdin=stdin, steal=steal
         )
-        async with _given_up(stream):
-            info = _valid(ExecInfo, (await stream.message()).get("attached"), stream)
+        async with given_up(stream):
+            info = valid(ExecInfo, (await stream.message()).get("attached"), stream)
         return GuestExec(stream, info.id, info.pid)
 
     async def execs(self) -> list[ExecInfo]:
         """Running and lately ended commands, the oldest first."""
         found: list[ExecInfo] = []
         stream = await self._opened("exec.list")
-        async with _given_up(stream):
+        async with given_up(stream):
             while (item := await stream.receive()) is not None:
                 if isinstance(item, Data) or len(found) > 10_000:
                     raise nonsense("no list of commands")
-                found += _valid(_ExecsAnswer, item.body, stream).execs
+                found += valid(ExecsAnswer, item.body, stream).execs
         return found
 
     async def get_exec(self, ident: str) -> ExecInfo:
         """One command. Raises NotFound."""
-        return (await self._ask(_ExecAnswer, "exec.get", id=ident)).exec
+        return (await self._ask(ExecAnswer, "exec.get", id=ident)).exec
 
     async def signal(self, ident: str, name: str) -> None:
         """Signal a command's whole process group. Raises NotFound, FailedPrecondition when it has ended."""
@@ -253,13 +201,13 @@ class Agent:
         """How a command ended. Raises DeadlineExceeded."""
         stream = await self._opened("exec.wait", id=ident, timeout=timeout)
         stream.patience = None
-        async with _given_up(stream):
-            return _valid(_ExecAnswer, await stream.message(), stream).exec
+        async with given_up(stream):
+            return valid(ExecAnswer, await stream.message(), stream).exec
 
     async def write_stdin(self, ident: str, data: bytes, *, eof: bool = False) -> None:
         """Give a command input without attaching to it."""
         stream = await self.channel.open("exec.stdin", id=ident, eof=eof)
-        async with _given_up(stream):
+        async with given_up(stream):
             await stream.send(data)
             await stream.end()
             await stream.message()
@@ -299,24 +247,24 @@ class Agent:
 
     async def stat(self, path: str, *, follow: bool = True, user: str | None = None) -> FileInfo:
         """One path. Raises NotFound."""
-        return (await self._ask(_InfoAnswer, "fs.stat", path=path, follow=follow, user=user)).info
+        return (await self._ask(InfoAnswer, "fs.stat", path=path, follow=follow, user=user)).info
 
     async def list_dir(self, path: str) -> list[FileInfo]:
         """A directory's entries, sorted by name."""
         found: list[FileInfo] = []
         stream = await self._opened("fs.list", path=path)
-        async with _given_up(stream):
+        async with given_up(stream):
             while (item := await stream.receive()) is not None:
                 if isinstance(item, Data) or len(found) > _MOST_ENTRIES:
                     raise nonsense("no list of files")
-                found += _valid(_Entries, item.body, stream).entries
+                found += valid(Entries, item.body, stream).entries
         return found
 
     async def read_file(self, path: str, *, offset: int = 0, length: int | None = None) -> AsyncIterator[bytes]:
         """A file's bytes, piece by piece. Raises NotFound, FailedPrecondition for a directory."""
         stream = await self._opened("fs.read", path=path, offset=offset, length=length)
-        async with _given_up(stream):
-            _valid(_InfoAnswer, await stream.message(), stream)
+        async with given_up(stream):
+            valid(InfoAnswer, await stream.message(), stream)
             async for piece in self._data(stream):
                 yield piece
 
@@ -338,15 +286,15 @@ class Agent:
         stream = await self.channel.open(
             "fs.write", path=path, mode=mode, user=user, uid=uid, gid=gid, mtime_ns=mtime_ns, make_parents=make_parents
         )
-        async with _given_up(stream):
+        async with given_up(stream):
             await self._upload(stream, data)
-            return _valid(_InfoAnswer, await stream.message(), stream).info
+            return valid(InfoAnswer, await stream.message(), stream).info
 
     async def mkdir(
         self, path: str, *, parents: bool = False, mode: int | None = None, user: str | None = None
     ) -> FileInfo:
         """Make a directory. Raises AlreadyExists unless `parents`."""
-        return (await self._ask(_InfoAnswer, "fs.mkdir", path=path, parents=parents, mode=mode, user=user)).info
+        return (await self._ask(InfoAnswer, "fs.mkdir", path=path, parents=parents, mode=mode, user=user)).info
 
     async def rename(self, source: str, target: str) -> None:
         """Rename a path, replacing a file at `target`."""
@@ -359,7 +307,7 @@ class Agent:
     async def pack(self, path: str, *, exclude: Sequence[str] = ()) -> AsyncIterator[bytes]:
         """A path as a pax tar stream; names in it are relative to `path`. `exclude`: relative paths left out."""
         stream = await self._opened("fs.pack", path=path, exclude=list(exclude))
-        async with _given_up(stream):
+        async with given_up(stream):
             await stream.message()
             async for piece in self._data(stream):
                 yield piece
@@ -370,17 +318,17 @@ class Agent:
         """Unpack a tar stream into the directory `path`. `user` owns everything (else the archive's ids do);
         `replace`: what was at `path` makes way when all is unpacked, else the archive is merged into it."""
         stream = await self.channel.open("fs.unpack", path=path, owner=user, replace="rename" if replace else None)
-        async with _given_up(stream):
+        async with given_up(stream):
             await self._upload(stream, data)
             stream.patience = 600.0  # the last bytes are taken before the file system is synced
-            return _valid(Unpacked, await stream.message(), stream)
+            return valid(Unpacked, await stream.message(), stream)
 
     # -- sockets
 
     async def connect_tcp(self, port: int, host: str = "127.0.0.1") -> Stream:
         """A TCP connection inside the guest: the stream's DATA both ways. Raises Unavailable when nobody listens."""
         stream = await self.channel.open("tcp.connect", host=host, port=port)
-        async with _given_up(stream):
+        async with given_up(stream):
             if (await stream.message()).get("connected") is not True:
                 raise nonsense("no connection")
         stream.patience = None
@@ -396,12 +344,12 @@ class Agent:
     async def _request(self, op: str, timeout: float = _SHORT, **params: Any) -> tuple[dict[str, Any], Stream]:
         stream = await self._opened(op, **params)
         stream.patience = timeout
-        async with _given_up(stream):
+        async with given_up(stream):
             return await stream.message(), stream
 
     async def _ask(self, model: type[ModelT], op: str, timeout: float = _SHORT, **params: Any) -> ModelT:
         answer, stream = await self._request(op, timeout, **params)
-        return _valid(model, answer, stream)
+        return valid(model, answer, stream)
 
     async def _upload(self, stream: Stream, data: bytes | AsyncIterable[bytes]) -> None:
         if isinstance(data, bytes):
@@ -419,35 +367,11 @@ class Agent:
 
     async def _collect(self, stream: Stream, limit: int) -> bytes:
         kept = bytearray()
-        async with _given_up(stream):
+        async with given_up(stream):
             await stream.end()
             async for piece in self._data(stream):
                 kept += piece[: limit - len(kept)]
         return bytes(kept)
-
-
-class _given_up:
-    """Reset the stream when the block is left early, so that the guest stops working for it."""
-
-    def __init__(self, stream: Stream) -> None:
-        self._stream = stream
-
-    async def __aenter__(self) -> Stream:
-        return self._stream
-
-    async def __aexit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        if error is not None:
-            given_up = errors.Unavailable(f"{self._stream.op} was given up")
-            self._stream.abort(error if isinstance(error, errors.LimpetError) else given_up)
-
-
-def _valid(model: type[ModelT], value: object, stream: Stream) -> ModelT:
-    try:
-        return model.model_validate(value)
-    except ValidationError as error:
-        wrong = nonsense(f"{stream.op}: {summary(error)}")
-        stream.abort(wrong)
-        raise wrong from None
 
 
 async def _feed(command: GuestExec, data: bytes) -> None:

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from limpet import log
 from limpet.crashpoint import crashpoint
-from limpet.errors import LimpetError
+from limpet.errors import InsufficientSpace, LimpetError
 from limpet.services import disks, garbage, origins
 from limpet.services.boot import Start
 from limpet.services.disks import Disks
@@ -49,6 +49,8 @@ class Starter:
         if template is not None:
             try:
                 return await self.from_template(record, template, stages)
+            except InsufficientSpace:  # no fault of the template's, and no boot would do better
+                raise
             except LimpetError as error:
                 self._templates.distrust(template.key, error.message)
                 record = self._host.records.by_id(record.id)
