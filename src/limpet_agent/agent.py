@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 _DATA_PATIENCE = 30.0  # seconds that operations wait for the data disk
 _DATA_LOOK = 0.01
-_AHEAD = 2.0  # seconds after which what ran ahead has long ended
 _FROZEN_AT_MOST = 30.0  # seconds
 
 
@@ -208,9 +207,15 @@ class Agent:
         ahead = renewal.run_ahead()
         answer = renewal.renew(params)
         if ahead:
-            self.loop.after(_AHEAD, lambda: renewal.reap(ahead))
+            fd = os.pidfd_open(ahead)
+            self.loop.watch(fd, IN, lambda _events: self._reap(ahead, fd))
         self.log("renewed", stream.op_id, failed=answer["failed"])
         stream.answer(answer)
+
+    def _reap(self, pid: int, pidfd: int) -> None:
+        self.loop.unwatch(pidfd)
+        os.close(pidfd)
+        os.waitpid(pid, 0)
 
     def _warm(self, stream: Stream, _params: Params) -> None:
         from limpet_agent import renewal

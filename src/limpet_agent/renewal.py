@@ -37,8 +37,9 @@ def warm() -> None:
 
 
 def run_ahead() -> int:
-    """Start a program that does nothing, on another processor beside the renewal; its process id, 0 for none. Under
-    emulation the first program after a restore costs 100 ms, nearly all of it translation that the next one shares."""
+    """Start a program that does nothing, on another processor beside the renewal; its process id (the caller waits for
+    it), 0 for none. Under emulation the first program after a restore costs 100 ms, nearly all of it translation that
+    the next one shares."""
     if (os.cpu_count() or 1) < 2:
         return 0
     pid = os.fork()  # not vfork, which would have us wait
@@ -48,14 +49,6 @@ def run_ahead() -> int:
         finally:
             os._exit(0)
     return pid
-
-
-def reap(pid: int) -> None:
-    """Leave no zombie."""
-    try:
-        os.waitpid(pid, os.WNOHANG)
-    except OSError:
-        pass
 
 
 def renew(params: Params) -> Params:
