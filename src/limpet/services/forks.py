@@ -72,7 +72,7 @@ class Forks:
                 if record.state is State.RUNNING:
                     vm.set_clock_soon()
                 record = host.records.by_id(record.id)
-                spec = record.spec.model_copy(update={"vcpus": facts.vcpus, "memory_mib": facts.memory_mib})
+                spec = facts.applied_to(record.spec)
                 source = Source(instant.frozen, MemoryImage(directory), spec, record.workspace, record.parent)
                 outcomes = await self._clones(names, source, stages)
         finally:
@@ -92,7 +92,7 @@ class Forks:
                 async with turn, stages.run(f"start {name}"):
                     crashpoint("fork.clone.before")
                     reserved = clones.reserve(self._host, name, source)
-                    await clones.make(self._host, self._sandboxes, reserved, source, Stages(lambda _stages: None))
+                    await clones.make(self._host, self._sandboxes, reserved, source, Stages.unseen())
                     crashpoint("fork.clone.after")
                     return self._host.records.by_id(reserved.id)
             except LimpetError as error:

@@ -21,12 +21,21 @@ class MachineFacts(BaseModel):
     memory_mib: int
     network: Literal["user", "none"]
 
+    def applied_to(self, spec: SandboxSpec) -> SandboxSpec:
+        """The spec with this machine's vCPUs and memory: they come with a memory image."""
+        return spec.model_copy(update={"vcpus": self.vcpus, "memory_mib": self.memory_mib})
+
     def difference(self, other: MachineFacts) -> str | None:
         """How another machine differs, as words for the user; None when it does not."""
         mine, others = self.model_dump(), other.model_dump()
         return (
             ", ".join(f"{key} {others[key]} instead of {mine[key]}" for key in mine if mine[key] != others[key]) or None
         )
+
+
+def shape(spec: SandboxSpec) -> SandboxSpec:
+    """Of a spec, what a template or a pooled VM has to share."""
+    return SandboxSpec(image=spec.image, vcpus=spec.vcpus, memory_mib=spec.memory_mib, network=spec.network)
 
 
 async def verdict(paths: Paths) -> accel.Verdict:

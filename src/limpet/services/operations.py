@@ -40,6 +40,11 @@ class Stages:
         self._stages: dict[str, Stage] = {}
         self._changed = changed
 
+    @classmethod
+    def unseen(cls) -> Stages:
+        """For work that nobody watches."""
+        return cls(lambda _stages: None)
+
     def report(self, stage: Stage) -> None:
         """Add the stage, or replace the one of that name."""
         self._stages[stage.name] = stage

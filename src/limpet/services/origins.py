@@ -40,4 +40,4 @@ def spec(checkpoint: Checkpoint, memory: MemoryImage | None) -> SandboxSpec:
     facts = checkpoint.manifest.machine
     if memory is None or facts is None:
         return checkpoint.info.spec
-    return checkpoint.info.spec.model_copy(update={"vcpus": facts.vcpus, "memory_mib": facts.memory_mib})
+    return facts.applied_to(checkpoint.info.spec)

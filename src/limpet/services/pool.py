@@ -18,7 +18,7 @@ from limpet.crashpoint import crashpoint
 from limpet.errors import LimpetError
 from limpet.models import SandboxSpec, State
 from limpet.names import new_id
-from limpet.services import capacity, identity, stopping
+from limpet.services import capacity, identity, machines, stopping
 from limpet.services.host import Host
 from limpet.services.live import LiveVM
 from limpet.services.operations import Stages
@@ -52,7 +52,7 @@ class Pool:
     async def claim(self, name: str, spec: SandboxSpec) -> SandboxRecord | None:
         """The row of a pooled VM that fits, now under this name, or None. Raises AlreadyExists."""
         self._creates.append(time.monotonic())
-        self._shape = _shape(spec)
+        self._shape = machines.shape(spec)
         if self._wanted() > 0:
             self.refill()
         if not self._ready:
@@ -151,7 +151,7 @@ class Pool:
             self._host.records.insert(record)
             try:
                 self._host.paths.sandbox(record.id).root.mkdir(mode=0o700)
-                vm = await self._starter.from_template(record, template, Stages(lambda _stages: None))
+                vm = await self._starter.from_template(record, template, Stages.unseen())
                 agent = await vm.agent()
                 await agent.run(["/bin/sh", "-c", "echo ready"])
                 crashpoint("pool.park.before")
@@ -183,7 +183,3 @@ class Pool:
             await asyncio.gather(self._filling, return_exceptions=True)
         ready, self._ready = self._ready, []
         await asyncio.gather(*(self._discard(record) for record, _ in ready), return_exceptions=True)
-
-
-def _shape(spec: SandboxSpec) -> SandboxSpec:
-    return SandboxSpec(image=spec.image, vcpus=spec.vcpus, memory_mib=spec.memory_mib, network=spec.network)

@@ -124,7 +124,7 @@ class Sandboxes:
         """Start it unless it runs, without an operation of its own (for `exec --start`)."""
         if self._host.records.by_id(sandbox_id).state is not State.RUNNING:
             async with self._host.locks.lifecycle(sandbox_id, "start"):
-                await self.ensure_running(sandbox_id, Stages(lambda _stages: None))
+                await self.ensure_running(sandbox_id, Stages.unseen())
 
     async def ensure_running(self, sandbox_id: str, stages: Stages) -> None:
         """Start it unless it runs, let it go on when it is paused; the caller holds the lifecycle lock."""

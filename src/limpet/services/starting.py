@@ -76,8 +76,8 @@ class Starter:
         crashpoint("resume.disks.before")
         record = host.records.update(record.id, disks=new)
         crashpoint("resume.disks.after")
-        same = origins.spec(checkpoint, memory)  # `set` may have changed it for the next boot
-        spec = record.spec.model_copy(update={"vcpus": same.vcpus, "memory_mib": same.memory_mib})
+        facts = checkpoint.manifest.machine  # `set` may have changed the spec for the next boot
+        spec = facts.applied_to(record.spec) if facts else record.spec
         vm = await Start(host, replace(record, spec=spec), memory).run(stages)
         host.records.update(record.id, parent=checkpoint.info.parent)
         try:

@@ -77,7 +77,7 @@ class Templates:
         """Build the template for this spec in the background, if that is wanted."""
         if not self._host.config.template_auto:
             return
-        shape = SandboxSpec(image=spec.image, vcpus=spec.vcpus, memory_mib=spec.memory_mib, network=spec.network)
+        shape = machines.shape(spec)
         self._wanted[shape.model_dump_json()] = shape
         if self._background is None or self._background.done():
             self._background = asyncio.create_task(self._build_wanted(), name="templates")
@@ -91,7 +91,7 @@ class Templates:
                 try:
                     key, _ = await self._key(spec)
                     if key not in self._failed:
-                        await self._build(spec, Stages(lambda _stages: None))
+                        await self._build(spec, Stages.unseen())
                 except Exception as error:
                     self._failed.add(key)
                     _log.warning("template not built", reason=str(error))

@@ -120,6 +120,6 @@ async def _expire(host: Host, sandboxes: Sandboxes, standing: Standing, vm: Live
             if due(vm, record.spec, time.monotonic()) == why:  # still not used, nor given more time
                 host.events.emit("sandbox.expired", sandbox=record, why=why)
                 if why == "idle suspend":
-                    await standing.suspend_now(record, Stages(lambda _stages: None))
+                    await standing.suspend_now(record, Stages.unseen())
                 else:
                     await sandboxes.stop_now(record, StopRequest())

@@ -77,9 +77,9 @@ class Layers:
                 self._patterns[key] = path.read_bytes()
         return self._patterns[key]
 
-    async def copy(self, source: Path, layer: str | None = None) -> str:
+    async def copy(self, source: Path) -> str:
         """A layer that is a copy of a qcow2 file of its own; durable when this returns."""
-        layer = layer or new_id("ly")
+        layer = new_id("ly")
         await asyncio.to_thread(copy, source, self.path(layer))
         return layer
 
