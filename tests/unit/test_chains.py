@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from limpet.digests import Seal
 from limpet.services import chains, garbage
 from limpet.services.chains import DEEPEST, Folding, lowest
 from limpet.services.host import Host
@@ -204,3 +205,15 @@ def test_a_damaged_chain_is_left_alone_and_keeps_no_other_from_being_folded(host
     asyncio.run(Folding(host)._fold_all(frozenset(garbage.roots(host))))
     assert len(host.layers.chain(disks["root"])) == 2
     assert below.read_bytes() == b"damaged" and len(host.layers.reachable(damaged["root"])) == 2
+
+
+def test_a_layer_that_was_frozen_since_the_look_is_never_written(host: Host) -> None:
+    """Issue 3, item 8: a checkpoint may be taken between the look at everything and the folding of one disk."""
+    box = kit.add_sandbox(host)
+    old = deepen(host, box, 12)["root"]
+    needed = chains._needed(host, list(garbage.roots(host)))
+    disks = deepen(host, box, 1)
+    frozen = Seal.of(host.layers.path(old))
+    assert asyncio.run(chains._fold(host, box.id, "root", needed))
+    assert frozen.problem(host.layers.path(old), thorough=True) is None
+    assert len(host.layers.chain(disks["root"])) <= DEEPEST + 1

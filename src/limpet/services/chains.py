@@ -13,7 +13,7 @@ import asyncio
 import contextlib
 import itertools
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,6 @@ from limpet.errors import FailedPrecondition, LimpetError
 from limpet.services import garbage
 from limpet.services.host import Host
 from limpet.services.live import LiveVM
-from limpet.store import SandboxRecord
 from limpet.vmm import layers
 from limpet.vmm.command import node
 from limpet.vmm.machine import Machine
@@ -51,54 +50,53 @@ class Folding:
             self._task = asyncio.create_task(self._fold_all(roots), name="folding")
 
     async def _fold_all(self, roots: frozenset[str]) -> None:
-        chains = await asyncio.to_thread(_chains, self._host, roots)
-        needed = _needed(chains)
+        needed = await asyncio.to_thread(_needed, self._host, roots)
         done = True
         for record in self._host.records.everything():
-            for layer in (record.disks or {}).values():
+            for disk in record.disks or {}:
                 try:
-                    done &= await _fold(self._host, record, chains.get(layer, []), needed)
+                    done &= await _fold(self._host, record.id, disk, needed)
                 except (LimpetError, OSError, TimeoutError) as error:
                     done = False
-                    _log.warning("fold.failed", sandbox=record.name, layer=layer, reason=str(error))
+                    _log.warning("fold.failed", sandbox=record.name, disk=disk, reason=str(error))
         await garbage.collect(self._host)
         if done:
             self._seen = roots
 
 
-def _chains(host: Host, tops: Iterable[str]) -> dict[str, list[Path]]:
-    """The chain of every root that is whole."""
-    found = {}
-    for top in tops:
-        with contextlib.suppress(LimpetError):
-            found[top] = host.layers.chain(top)
-    return found
-
-
-def _needed(chains: Mapping[str, Sequence[Path]]) -> set[Path]:
+def _needed(host: Host, tops: Iterable[str]) -> set[Path]:
     """The layers that somebody begins with, or on which more than one other lies: not one sandbox's own to fold."""
+    begun: set[Path] = set()
     above: dict[Path, set[Path]] = {}
-    for chain in chains.values():
-        for upper, lower in itertools.pairwise(chain):
-            above.setdefault(lower, set()).add(upper)
-    shared = {path for path, uppers in above.items() if len(uppers) > 1}
-    return shared | {chain[0] for chain in chains.values()}
+    for top in tops:
+        with contextlib.suppress(LimpetError):  # a chain that is not whole is nobody's to fold
+            chain = host.layers.chain(top)
+            begun.add(chain[0])
+            for upper, lower in itertools.pairwise(chain):
+                above.setdefault(lower, set()).add(upper)
+    return begun | {path for path, uppers in above.items() if len(uppers) > 1}
 
 
-async def _fold(host: Host, record: SandboxRecord, chain: Sequence[Path], needed: set[Path]) -> bool:
-    """Fold one disk if it is worth it; False when it has to be tried again."""
-    base = lowest(chain, needed) if chain else None
-    if base is None:
-        return True
-    if host.locks.holder("lifecycle", record.id) is not None:
+async def _fold(host: Host, sandbox_id: str, disk: str, needed: set[Path]) -> bool:
+    """Fold one disk if it is worth it; False when it has to be tried again. What is on top is looked up under the lock
+    under which it is changed: a layer that was frozen meanwhile must not be written to. A running machine goes on
+    folding without the lock; whoever wants to put a layer on top ends it first (`leave_alone`)."""
+    if host.locks.holder("lifecycle", sandbox_id) is not None:
         return False
-    crashpoint("fold.before")
-    if (vm := host.live.get(record.id)) is not None:
-        await _online(vm.machine, chain[0], base)
-    else:
-        async with host.locks.lifecycle(record.id, "folding of its disks"):
-            if host.live.get(record.id) is None:
-                await _offline(chain[0], base)
+    async with host.locks.lifecycle(sandbox_id, "folding of its disks"):
+        record = host.records.by_id(sandbox_id)
+        chain = host.layers.chain(record.disks[disk]) if record.disks else []
+        base = lowest(chain, needed) if chain else None
+        if base is None:
+            return True
+        crashpoint("fold.before")
+        vm = host.live.get(sandbox_id)
+        if vm is None:
+            await _offline(chain[0], base)
+        else:
+            await _begin(vm.machine, chain[0], base)
+    if vm is not None:
+        await _end(vm.machine, chain[0], base)
     crashpoint("fold.after")
     _log.info("folded", sandbox=record.name, layer=chain[0].stem, layers=len(chain))
     return True
@@ -119,18 +117,24 @@ def lowest(chain: Sequence[Path], needed: set[Path]) -> Path | None:
     return chain[run] if run > 1 and (deep or size <= _WORTH_BYTES) else None
 
 
-async def _online(machine: Machine, top: Path, base: Path) -> None:
-    job = f"fold-{top.stem}"
+async def _begin(machine: Machine, top: Path, base: Path) -> None:
     arguments: dict[str, Any] = {
-        "device": node(top), "job-id": job, "base-node": await _name(machine, base),
+        "device": node(top), "job-id": _job(top), "base-node": await _name(machine, base),
         "backing-file": os.path.relpath(base, top.parent),
     }  # fmt: skip
     await machine.qmp("block-stream", **arguments)
+
+
+async def _end(machine: Machine, top: Path, base: Path) -> None:
     async with asyncio.timeout(_LIMIT_S):
-        while any(found["id"] == job for found in await machine.qmp("query-jobs")):
+        while any(found["id"] == _job(top) for found in await machine.qmp("query-jobs")):
             await asyncio.sleep(_POLL)
     if layers.backing_file(top) != base:  # called off, or failed: QEMU forgets a job with its end
         raise FailedPrecondition(f"{top.name} was not folded")
+
+
+def _job(top: Path) -> str:
+    return f"fold-{top.stem}"
 
 
 async def _name(machine: Machine, path: Path) -> str:
