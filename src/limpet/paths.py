@@ -16,6 +16,7 @@
         console.log             serial console, bounded
         agent.log               the guest agent's own log, bounded
         qemu.log                QEMU's stderr, bounded
+      vaults/<sandbox id>/      generations of what a sandbox wrote, whatever becomes of its disks (see vault/)
       images/<name>/<digest>/   image: root.raw, data.raw (unless its data disk is blank) and image.json, named by
                                 content; sandboxes' disks build on it
       images/<name>/current     which of them the name means: the tag `latest`
@@ -134,6 +135,14 @@ class Paths:
         return self.data / "checkpoints"
 
     @property
+    def vaults(self) -> Path:
+        return self.data / "vaults"
+
+    def vault(self, sandbox_id: str) -> Path:
+        """The generations of one sandbox."""
+        return self.vaults / sandbox_id
+
+    @property
     def templates(self) -> Path:
         return self.cache / "templates"
 
@@ -200,7 +209,8 @@ class Paths:
 
     def make(self) -> None:
         """Create the roots (0700 where only the user has business). Raises FailedPrecondition when one cannot be."""
-        for directory in (self.data, self.sandboxes, self.layers, self.checkpoints, self.cache, self.run, self.sockets):
+        data = (self.data, self.sandboxes, self.layers, self.checkpoints, self.vaults)
+        for directory in (*data, self.cache, self.run, self.sockets):
             try:
                 directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             except OSError as error:

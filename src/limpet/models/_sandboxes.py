@@ -23,6 +23,7 @@ class State(StrEnum):
     PAUSED = "paused"  # vCPUs stopped, memory kept
     SUSPENDED = "suspended"  # memory in a checkpoint, no process
     ERROR = "error"
+    TRASHED = "trashed"  # removed, and kept for some days; shown by `trash ls` only
     POOLED = "pooled"  # a warm VM that waits for a `create`; never shown
 
 
@@ -138,6 +139,8 @@ class StopResult(Model):
     durability: Literal["clean", "synced", "killed"]
     at_risk: list[str] = []
     seconds: float = 0.0
+    generation: int | None = None  # the newest on the host after the final sync
+    sync: str | None = None  # why the final sync of the vault or of a payload failed; None: it did not
 
 
 class KillRequest(Request):

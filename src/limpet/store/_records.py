@@ -9,13 +9,13 @@ from typing import Any, TypedDict
 
 from pydantic import BaseModel
 
-from limpet.models import Event, Operation, SandboxSpec, State, WorkspaceInfo
+from limpet.models import Event, Operation, Payload, SandboxSpec, State, WorkspaceInfo
 
 Row = tuple[Any, ...]
 
 SANDBOX_COLUMNS = (
     "id", "name", "state", "spec", "created_at", "started_at", "boot_id", "incarnation", "workspace", "error", "disks",
-    "parent", "memory",
+    "parent", "memory", "payloads", "trash",
 )  # fmt: skip
 EVENT_COLUMNS = ("seq", "time", "kind", "sandbox", "sandbox_id", "op_id", "data")
 OPERATION_COLUMNS = (
@@ -40,6 +40,8 @@ class SandboxRecord:
     disks: dict[str, str] | None = None  # the active layers: {"root": "ly_…", "data": "ly_…"}; None: not made yet
     parent: str | None = None  # the checkpoint that its disks began with or went on from
     memory: str | None = None  # the checkpoint that it is suspended to
+    payloads: tuple[Payload, ...] = ()
+    trash: dict[str, str] | None = None  # while trashed: what it was called, when it was removed, its state before
 
 
 class SandboxChanges(TypedDict, total=False):
@@ -57,6 +59,8 @@ class SandboxChanges(TypedDict, total=False):
     disks: dict[str, str] | None
     parent: str | None
     memory: str | None
+    payloads: tuple[Payload, ...]
+    trash: dict[str, str] | None
 
 
 def to_column(value: object) -> str | int | float | None:
@@ -66,6 +70,8 @@ def to_column(value: object) -> str | int | float | None:
         return json.dumps(value.model_dump(mode="json"))
     if isinstance(value, datetime):
         return value.isoformat()
+    if isinstance(value, tuple):
+        return json.dumps([item.model_dump(mode="json") for item in value]) if value else None
     if isinstance(value, (dict, list)):
         return json.dumps(value)
     if isinstance(value, State):
@@ -92,6 +98,9 @@ def sandbox(row: Row) -> SandboxRecord:
         fields["workspace"] = WorkspaceInfo.model_validate(json.loads(fields["workspace"]))
     if fields["disks"] is not None:
         fields["disks"] = json.loads(fields["disks"])
+    fields["payloads"] = tuple(Payload.model_validate(item) for item in json.loads(fields["payloads"] or "[]"))
+    if fields["trash"] is not None:
+        fields["trash"] = json.loads(fields["trash"])
     return SandboxRecord(**fields)
 
 

@@ -52,6 +52,10 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "ALTER TABLE sandboxes ADD COLUMN memory TEXT",  # a checkpoint's id, while suspended
         "CREATE TABLE settings (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT",
     ),
+    (
+        "ALTER TABLE sandboxes ADD COLUMN payloads TEXT",  # [models.Payload, …] as JSON; NULL: none
+        "ALTER TABLE sandboxes ADD COLUMN trash TEXT",  # {"name", "removed_at", "state"} as JSON, while trashed
+    ),
 )
 VERSION = len(MIGRATIONS)
 

@@ -1,0 +1,1 @@
+"""The vault: what a sandbox wrote, as generations on the host, independent of its disks."""
