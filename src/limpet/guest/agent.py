@@ -69,13 +69,13 @@ class Agent:
 
     async def check_clock(self) -> float:
         """How far the guest's clock is ahead, in seconds, as closely as half a round trip tells; one that is more
-        than 50 ms off is set."""
-        found, _ = await self._offset(set_clock=False)
-        if abs(found) > _CLOCK_SLACK:
-            for _ in range(_CLOCK_TRIES):
-                offset, bound = await self._offset(set_clock=True)
-                if abs(offset) + bound <= 2 * _CLOCK_SLACK:
-                    break
+        than 50 ms off is set. An answer that took too long to tell is asked for again."""
+        offset, bound = await self._offset(set_clock=False)
+        found = offset
+        for _ in range(_CLOCK_TRIES):
+            if abs(offset) <= _CLOCK_SLACK and bound <= _CLOCK_SLACK:
+                break
+            offset, bound = await self._offset(set_clock=abs(offset) > _CLOCK_SLACK)
         return found
 
     async def _offset(self, *, set_clock: bool) -> tuple[float, float]:
