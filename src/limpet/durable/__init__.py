@@ -4,38 +4,58 @@
 
 A crash before the rename leaves the old content and a stray `.tmp-*` (swept by `sweep`); after it, the new content;
 the directory's fsync makes the rename itself durable, so only after `replace_file` returns is it promised.
+
+`_primitives` has the single steps, for those who put them together otherwise (the vault does); `recording` tells tests
+what was done.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from limpet.errors import InsufficientSpace, LimpetError
+from limpet.durable import _primitives
+from limpet.durable._primitives import (
+    NewFile,
+    erase,
+    exchange,
+    link,
+    mkdir,
+    new_file,
+    rename,
+    replace_symlink,
+    rmdir,
+    sync_directory,
+    sync_file,
+    sync_filesystem,
+    unlink,
+)
+from limpet.durable._recording import Op, record, recording
+from limpet.errors import InsufficientSpace
 
-_PREFIX = ".tmp-"
+__all__ = [
+    "NewFile", "Op", "erase", "exchange", "free_bytes", "link", "make_directory", "mkdir", "new_file", "publish",
+    "recording", "remove_tree", "rename", "replace_file", "replace_symlink", "require_space", "rmdir", "set_aside",
+    "staging", "sweep", "sync_directory", "sync_file", "sync_filesystem", "sync_tree", "unlink",
+]  # fmt: skip
+
+_PREFIX = _primitives.TEMPORARY
 
 
 def replace_file(path: Path, content: bytes, *, mode: int = 0o600) -> None:
     """Make `path` hold exactly `content`, atomically and durably. Raises InsufficientSpace or OSError."""
-    fd, temporary = tempfile.mkstemp(prefix=_PREFIX, dir=path.parent)
+    temporary = _primitives.temporary_beside(path)
+    with new_file(temporary, mode) as file:
+        file.write(content)
     try:
-        with os.fdopen(fd, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fchmod(file.fileno(), mode)
-            os.fsync(file.fileno())
-        Path(temporary).rename(path)
+        rename(temporary, path)
     except BaseException as error:
-        with contextlib.suppress(FileNotFoundError):
-            Path(temporary).unlink()
-        raise _explained(error, path) from error
+        unlink(temporary, missing_ok=True)
+        raise _primitives.explained(error, path) from error
     sync_directory(path.parent)
 
 
@@ -43,7 +63,7 @@ def publish(source: Path, target: Path) -> None:
     """Give a finished file or directory tree its final name: its data reaches the disk first, the rename is the
     commit point. `target` must not be a non-empty directory."""
     sync_tree(source)
-    source.rename(target)
+    rename(source, target)
     sync_directory(target.parent)
 
 
@@ -55,17 +75,17 @@ def sync_tree(path: Path) -> None:
                 sync_tree(child)
         sync_directory(path)
     elif path.is_file():
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
+        sync_file(path)
 
 
-def sync_directory(path: Path) -> None:
-    """Make the names in a directory durable."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+def make_directory(path: Path, mode: int = 0o700) -> None:
+    """Make a directory, and those above it that are missing, durably. One that is there stays as it is."""
+    if path.is_dir():
+        return
+    make_directory(path.parent, mode)
+    with contextlib.suppress(FileExistsError):
+        mkdir(path, mode)
+    sync_directory(path.parent)
 
 
 def remove_tree(path: Path) -> None:
@@ -80,20 +100,23 @@ def set_aside(path: Path) -> Iterator[None]:
     When the block raises it has its name again."""
     doomed = path.with_name(f"{_PREFIX}rm-{path.name}")
     with contextlib.suppress(FileNotFoundError):
-        path.rename(doomed)
+        rename(path, doomed)
         sync_directory(path.parent)
     try:
         yield
     except BaseException:
         with contextlib.suppress(OSError):
-            doomed.rename(path)
+            rename(doomed, path)
+            sync_directory(path.parent)
         raise
-    shutil.rmtree(doomed, ignore_errors=True)
+    erase(doomed)
 
 
 def staging(directory: Path, name: str) -> Path:
     """A fresh directory for work in progress beside its target; `sweep` removes it after a crash."""
-    return Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{name}-", dir=directory))
+    made = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{name}-", dir=directory))
+    record("mkdir", made)
+    return made
 
 
 def sweep(directory: Path, *, age: float = 0.0) -> list[Path]:
@@ -102,10 +125,7 @@ def sweep(directory: Path, *, age: float = 0.0) -> list[Path]:
     strays = [child for child in directory.iterdir() if child.name.startswith(_PREFIX)] if directory.is_dir() else []
     strays = [stray for stray in strays if not age or time.time() - stray.lstat().st_mtime > age]
     for stray in strays:
-        if stray.is_dir() and not stray.is_symlink():
-            shutil.rmtree(stray, ignore_errors=True)
-        else:
-            stray.unlink(missing_ok=True)
+        erase(stray)
     return strays
 
 
@@ -123,10 +143,3 @@ def require_space(path: Path, needed: int, what: str) -> None:
             f"{what} needs {needed >> 20} MiB on {path}, {free >> 20} MiB are free",
             hint="free some space, or set LIMPET_HOME to a larger disk",
         )
-
-
-def _explained(error: BaseException, path: Path) -> BaseException:
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        full: LimpetError = InsufficientSpace(f"no space left to write {path}", hint="free some space and try again")
-        return full
-    return error
