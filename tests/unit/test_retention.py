@@ -7,8 +7,9 @@ from datetime import UTC, datetime, timedelta
 from hypothesis import given
 from hypothesis import strategies as st
 
+from limpet.ladder import DAYS, HOURS
 from limpet.models import CheckpointInfo, SandboxSpec
-from limpet.services.retention import DAYS, HOURS, NEWEST, superfluous
+from limpet.services.retention import NEWEST, superfluous
 
 NOW = datetime(2026, 3, 31, 12, 30, tzinfo=UTC)
 
