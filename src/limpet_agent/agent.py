@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from limpet_agent.freezing import Standstill
+    from limpet_agent.volumes import Volumes
 
     Params = dict[str, Any]
 
@@ -54,6 +55,7 @@ class Agent:
         self._began = time.monotonic()
         link = self._link(listener)
         self._standstill: Standstill | None = None
+        self._volumes: Volumes | None = None
         self._host = link
         self.mux = Mux(link, self._opened, self._open_intake, self.log)
         self.loop.before_wait = self.mux.flush
@@ -66,11 +68,13 @@ class Agent:
         self._after_data: dict[str, Callable[[Stream, Params], None]] = {
             "exec.start": execs.op_start, "exec.attach": execs.op_attach, "exec.list": execs.op_list,
             "exec.get": execs.op_get, "exec.signal": execs.op_signal, "exec.wait": execs.op_wait,
-            "exec.stdin": execs.op_stdin, "tcp.connect": self._tcp, "sync": self._in_thread("sync"),
-            "fs.freeze": self._freeze,
+            "exec.stdin": execs.op_stdin, "tcp.connect": self._tcp, "sync": self._of_files("sync"),
+            "fs.freeze": self._freeze, "vol.watch": self._watch_volumes,
         }  # fmt: skip
         for name in ("stat", "list", "read", "write", "mkdir", "rename", "remove", "pack", "unpack"):
-            self._after_data["fs." + name] = self._in_thread(name)
+            self._after_data["fs." + name] = self._of_files(name)
+        for name in ("state", "snapshot", "send", "forget", "create", "remove"):
+            self._after_data["vol." + name] = self._of_volumes(name)
         self.loop.watch(supervisor.fileno(), IN, self._told)
         link.start()
 
@@ -111,10 +115,10 @@ class Agent:
     def _opened(self, stream: Stream, params: Params) -> None:
         op, op_id = params.get("op"), params.get("op_id")
         stream.op_id = op_id if isinstance(op_id, str) else None
-        if op != "ping":
-            self.log(f"{op}", stream.op_id)
         if not isinstance(op, str):
             raise Fault("bad_request", "the request names no operation")
+        if op != "ping" and not op.startswith("vol."):  # several times a second
+            self.log(op, stream.op_id)
         if op in self._short:
             self._guarded(self._short[op], stream, params)
         elif op in self._after_data:
@@ -139,22 +143,42 @@ class Agent:
             self.log("operation failed", stream.op_id, error=repr(error), at=_where(error))
             stream.reset(Fault("internal", f"the guest agent failed: {error!r}"))
 
-    def _in_thread(self, name: str) -> Callable[[Stream, Params], None]:
-        """A handler that runs `files.<name>(worker, params)` in a thread of its own."""
+    def _of_files(self, name: str) -> Callable[[Stream, Params], None]:
+        """A handler that runs an operation of files.py in a thread of its own, and imports it there."""
 
-        def handler(stream: Stream, params: Params) -> None:
-            lock = allocate_lock()
-            lock.acquire()
-            worker = Worker(stream, self.loop.from_thread, lock)
-            start_new_thread(self._work, (name, worker, params, stream.op_id))
+        def run(worker: Worker, params: Params) -> None:
+            from limpet_agent import files
 
-        return handler
-
-    def _work(self, name: str, worker: Worker, params: Params, op_id: str | None) -> None:
-        from limpet_agent import files
-
-        try:
             files.OPERATIONS[name](worker, params)
+
+        return lambda stream, params: self._in_thread(name, run, stream, params)
+
+    def _of_volumes(self, name: str) -> Callable[[Stream, Params], None]:
+        return lambda stream, params: self._in_thread(name, self._have_volumes().operations[name], stream, params)
+
+    def _watch_volumes(self, stream: Stream, params: Params) -> None:
+        self._have_volumes().watch(stream, params)
+
+    def _have_volumes(self) -> Volumes:
+        from limpet_agent.volumes import Volumes
+
+        if self._volumes is None:
+            self._volumes = Volumes(self.loop, self.config.data, self.log)
+        return self._volumes
+
+    def _in_thread(
+        self, name: str, operation: Callable[[Worker, Params], None], stream: Stream, params: Params
+    ) -> None:  # fmt: skip
+        lock = allocate_lock()
+        lock.acquire()
+        worker = Worker(stream, self.loop.from_thread, lock)
+        start_new_thread(self._work, (name, operation, worker, params, stream.op_id))
+
+    def _work(
+        self, name: str, operation: Callable[[Worker, Params], None], worker: Worker, params: Params, op_id: str | None
+    ) -> None:  # fmt: skip
+        try:
+            operation(worker, params)
             worker.finish()
         except Gone:
             self.log("abandoned", op_id, op=name)

@@ -23,6 +23,9 @@ _MOUNTS = (  # what the initramfs may have left to us
     ("/dev/shm", "tmpfs", "mode=1777,nosuid,nodev"),
     ("/sys/fs/cgroup", "cgroup2", "nosuid,nodev,noexec"),
 )
+_LINKS = (  # what programs expect in /dev and the kernel does not make
+    ("fd", "/proc/self/fd"), ("stdin", "/proc/self/fd/0"), ("stdout", "/proc/self/fd/1"), ("stderr", "/proc/self/fd/2"),
+)  # fmt: skip
 _GRACE = 1.5  # seconds that processes get between SIGTERM and SIGKILL at power-off
 _SIOCADDRT, _SIOCSIFFLAGS, _SIOCSIFADDR, _SIOCSIFNETMASK = 0x890B, 0x8914, 0x8916, 0x891C  # netdevice(7)
 _IFF_UP, _IFF_RUNNING, _RTF_UP_GATEWAY = 1, 0x40, 3
@@ -42,6 +45,9 @@ def prepare(config: Config) -> None:
 def _directories(config: Config) -> None:
     for path in (config.state, config.run):
         os.makedirs(path, 0o755, exist_ok=True)
+    for name, target in _LINKS:
+        if not os.path.lexists("/dev/" + name):
+            os.symlink(target, "/dev/" + name)
     os.chdir("/")
     os.umask(0o022)
     os.environ.clear()

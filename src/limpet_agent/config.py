@@ -12,6 +12,7 @@ class Config:
         self.listen, self.state, self.run, self.intake = listen, state, run, intake
         self.log = run + "/agent.log"
         self.marks = run + "/boot"  # data-ready, data-failed: left by the initramfs
+        self.data = run + "/data"  # the data disk's file system, all of it
         self.tools = "/run/limpet/agent/bin"
 
     @property

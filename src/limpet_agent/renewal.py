@@ -29,9 +29,10 @@ _IFF_UP, _ARPHRD_ETHER = 1, 1
 
 def warm() -> None:
     """Import what the steps need, and what other operations import late: clones find it in memory."""
+    import array  # noqa: F401
     import ctypes
 
-    from limpet_agent import files, freezing, tarread, tarwrite, tcp  # noqa: F401
+    from limpet_agent import files, freezing, mounting, tarread, tarwrite, tcp, volumes  # noqa: F401
 
     ctypes.CDLL(None)
 

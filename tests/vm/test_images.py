@@ -57,7 +57,7 @@ def test_a_tar_with_nothing_but_busybox_boots_and_runs_commands(client: Client, 
             sandbox.exec(["sh", "-c", "busybox cat /workspace/file >/tmp/copy; busybox wc -c </tmp/copy"]).text == "7\n"
         )
     finally:
-        sandbox.remove(force=True)
+        sandbox.remove(force=True, purge=True)
 
 
 PREPARE = r"""
@@ -82,6 +82,18 @@ os.setxattr('/srv/p/tmp/file', 'system.posix_acl_access', bytes.fromhex(
     '02000000' '01000600ffffffff' '02000700e8030000' '04000400ffffffff' '10000700ffffffff' '20000400ffffffff'))
 "
 sync
+python3 -c "
+import fcntl, os, struct
+def call(directory, request, head, name):
+    fd = os.open(directory, os.O_RDONLY)
+    fcntl.ioctl(fd, request, bytearray((head + name).ljust(4096, bytes(1))))
+top = '/run/limpet/data'
+home = os.open('/home', os.O_RDONLY)
+call(top + '/.snapshots', 0x50009417, struct.pack('=qQQ32x', home, 0, 2), b'home.test')  # read-only, with all of gone
+call(top, 0x5000940E, bytes(8), b'@payload-0a1b2c3d')
+call(top + '/@payload-0a1b2c3d', 0x5000940E, bytes(8), b'nested')
+open(top + '/@payload-0a1b2c3d/nested/file', 'w').write('x')
+"
 rm /home/user/gone
 sync
 """
@@ -116,7 +128,7 @@ def test_committed_disks_keep_everything_but_what_belongs_to_one_machine(
             )
         )
     finally:
-        sandbox.remove(force=True)
+        sandbox.remove(force=True, purge=True)
     assert [stage.name for stage in seen if stage.state == "done"] == ["tidy", "flatten", "publish"]
     assert image.data is not None
     assert image.data.stat().st_blocks * 512 < 40 << 20  # what was deleted is not in it
@@ -132,8 +144,11 @@ def test_committed_disks_keep_everything_but_what_belongs_to_one_machine(
             ["sh", "-c", "ls -A /tmp /var/tmp; ls /etc/ssh; cat /etc/machine-id"], user="root", cwd="/"
         ).text
         assert not {"junk", "file", "ssh_host_rsa_key", "0123456789abcdef0123456789abcdef"} & set(left.split())
+        volumes = copy.exec("cd /run/limpet/data && echo @* && ls .snapshots", user="root", cwd="/").text
+        assert volumes.startswith("@home @workspace\n")
+        assert "test" not in volumes
     finally:
-        copy.remove(force=True)
+        copy.remove(force=True, purge=True)
 
 
 def test_disk_that_cannot_be_mounted_leaves_the_old_image(paths: Paths, tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ class Agent:
 
     async def ping(self, *, set_clock: bool = False, timeout: float = 5.0) -> Pong:
         """Ask for a sign of life; with `set_clock` give the guest the host's time if it is off by more than 50 ms."""
-        return await self._ask(Pong, "ping", timeout, time_ns=time.time_ns() if set_clock else None)
+        return await self.ask(Pong, "ping", timeout, time_ns=time.time_ns() if set_clock else None)
 
     async def check_clock(self) -> float:
         """How far the guest's clock is ahead, in seconds, as closely as half a round trip tells; one that is more
@@ -89,7 +89,7 @@ class Agent:
         """Make the guest somebody else: clock, entropy, names, ids, network. Raises FailedPrecondition with what could
         not be renewed."""
         began, told_ns = time.monotonic(), time.time_ns()
-        answer = await self._ask(Renewed, "renew", timeout, time_ns=told_ns, **asdict(identity))
+        answer = await self.ask(Renewed, "renew", timeout, time_ns=told_ns, **asdict(identity))
         if answer.failed:
             raise errors.FailedPrecondition(f"the guest could not be renewed: {'; '.join(answer.failed)[:1000]}")
         under_way = time.monotonic() - began - (answer.time_ns - told_ns) / 1e9  # the rest is the work after the clock
@@ -103,7 +103,7 @@ class Agent:
     async def freeze(self, seconds: float) -> list[str]:
         """Freeze the guest's file systems on disks, at most for `seconds`: then it thaws by itself. Answers where they
         are mounted. Raises FailedPrecondition, thawed again, when one of them cannot be frozen."""
-        answer = await self._ask(Frozen, "fs.freeze", seconds + _SHORT, seconds=seconds)
+        answer = await self.ask(Frozen, "fs.freeze", seconds + _SHORT, seconds=seconds)
         if answer.failed:
             await self.thaw()
             raise errors.FailedPrecondition(f"the guest's disks could not be frozen: {'; '.join(answer.failed)[:1000]}")
@@ -111,11 +111,11 @@ class Agent:
 
     async def thaw(self) -> bool:
         """Thaw them; whether they were frozen until now."""
-        return (await self._ask(Thawed, "fs.thaw")).was_frozen
+        return (await self.ask(Thawed, "fs.thaw")).was_frozen
 
     async def system(self) -> SystemInfo:
         """What the guest knows of itself."""
-        return await self._ask(SystemInfo, "system")
+        return await self.ask(SystemInfo, "system")
 
     async def sync(self, *, timeout: float = 30.0) -> None:
         """Write everything to the guest's disks."""
@@ -181,7 +181,7 @@ class Agent:
     async def execs(self) -> list[ExecInfo]:
         """Running and lately ended commands, the oldest first."""
         found: list[ExecInfo] = []
-        stream = await self._opened("exec.list")
+        stream = await self.opened("exec.list")
         async with given_up(stream):
             while (item := await stream.receive()) is not None:
                 if isinstance(item, Data) or len(found) > 10_000:
@@ -191,7 +191,7 @@ class Agent:
 
     async def get_exec(self, ident: str) -> ExecInfo:
         """One command. Raises NotFound."""
-        return (await self._ask(ExecAnswer, "exec.get", id=ident)).exec
+        return (await self.ask(ExecAnswer, "exec.get", id=ident)).exec
 
     async def signal(self, ident: str, name: str) -> None:
         """Signal a command's whole process group. Raises NotFound, FailedPrecondition when it has ended."""
@@ -199,7 +199,7 @@ class Agent:
 
     async def wait(self, ident: str, timeout: float | None = None) -> ExecInfo:
         """How a command ended. Raises DeadlineExceeded."""
-        stream = await self._opened("exec.wait", id=ident, timeout=timeout)
+        stream = await self.opened("exec.wait", id=ident, timeout=timeout)
         stream.patience = None
         async with given_up(stream):
             return valid(ExecAnswer, await stream.message(), stream).exec
@@ -247,12 +247,12 @@ class Agent:
 
     async def stat(self, path: str, *, follow: bool = True, user: str | None = None) -> FileInfo:
         """One path. Raises NotFound."""
-        return (await self._ask(InfoAnswer, "fs.stat", path=path, follow=follow, user=user)).info
+        return (await self.ask(InfoAnswer, "fs.stat", path=path, follow=follow, user=user)).info
 
     async def list_dir(self, path: str) -> list[FileInfo]:
         """A directory's entries, sorted by name."""
         found: list[FileInfo] = []
-        stream = await self._opened("fs.list", path=path)
+        stream = await self.opened("fs.list", path=path)
         async with given_up(stream):
             while (item := await stream.receive()) is not None:
                 if isinstance(item, Data) or len(found) > _MOST_ENTRIES:
@@ -262,10 +262,10 @@ class Agent:
 
     async def read_file(self, path: str, *, offset: int = 0, length: int | None = None) -> AsyncIterator[bytes]:
         """A file's bytes, piece by piece. Raises NotFound, FailedPrecondition for a directory."""
-        stream = await self._opened("fs.read", path=path, offset=offset, length=length)
+        stream = await self.opened("fs.read", path=path, offset=offset, length=length)
         async with given_up(stream):
             valid(InfoAnswer, await stream.message(), stream)
-            async for piece in self._data(stream):
+            async for piece in self.pieces(stream):
                 yield piece
 
     async def read_bytes(self, path: str, *, limit: int = 16 << 20) -> bytes:
@@ -294,7 +294,7 @@ class Agent:
         self, path: str, *, parents: bool = False, mode: int | None = None, user: str | None = None
     ) -> FileInfo:
         """Make a directory. Raises AlreadyExists unless `parents`."""
-        return (await self._ask(InfoAnswer, "fs.mkdir", path=path, parents=parents, mode=mode, user=user)).info
+        return (await self.ask(InfoAnswer, "fs.mkdir", path=path, parents=parents, mode=mode, user=user)).info
 
     async def rename(self, source: str, target: str) -> None:
         """Rename a path, replacing a file at `target`."""
@@ -306,10 +306,10 @@ class Agent:
 
     async def pack(self, path: str, *, exclude: Sequence[str] = ()) -> AsyncIterator[bytes]:
         """A path as a pax tar stream; names in it are relative to `path`. `exclude`: relative paths left out."""
-        stream = await self._opened("fs.pack", path=path, exclude=list(exclude))
+        stream = await self.opened("fs.pack", path=path, exclude=list(exclude))
         async with given_up(stream):
             await stream.message()
-            async for piece in self._data(stream):
+            async for piece in self.pieces(stream):
                 yield piece
 
     async def unpack(
@@ -336,18 +336,20 @@ class Agent:
 
     # -- how it is done
 
-    async def _opened(self, op: str, **params: Any) -> Stream:
+    async def opened(self, op: str, **params: Any) -> Stream:
+        """A stream of an operation that is told nothing more."""
         stream = await self.channel.open(op, **params)
         await stream.end()
         return stream
 
     async def _request(self, op: str, timeout: float = _SHORT, **params: Any) -> tuple[dict[str, Any], Stream]:
-        stream = await self._opened(op, **params)
+        stream = await self.opened(op, **params)
         stream.patience = timeout
         async with given_up(stream):
             return await stream.message(), stream
 
-    async def _ask(self, model: type[ModelT], op: str, timeout: float = _SHORT, **params: Any) -> ModelT:
+    async def ask(self, model: type[ModelT], op: str, timeout: float = _SHORT, **params: Any) -> ModelT:
+        """The answer of an operation that has one only, within `timeout` seconds."""
         answer, stream = await self._request(op, timeout, **params)
         return valid(model, answer, stream)
 
@@ -359,7 +361,8 @@ class Agent:
                 await stream.send_bulk(piece)
         await stream.end()
 
-    async def _data(self, stream: Stream) -> AsyncIterator[bytes]:
+    async def pieces(self, stream: Stream) -> AsyncIterator[bytes]:
+        """The bytes of a stream that carries nothing else."""
         while (item := await stream.receive()) is not None:
             if not isinstance(item, Data):
                 raise nonsense(f"a message amid the bytes of {stream.op}")
@@ -369,7 +372,7 @@ class Agent:
         kept = bytearray()
         async with given_up(stream):
             await stream.end()
-            async for piece in self._data(stream):
+            async for piece in self.pieces(stream):
                 kept += piece[: limit - len(kept)]
         return bytes(kept)
 

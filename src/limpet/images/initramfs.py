@@ -52,13 +52,7 @@ def build_blank(pieces: Pieces) -> bytes:
     """The initramfs of the one boot that makes the blank data disk."""
     modules = ("virtio_mmio", "virtio_blk", *BTRFS_MODULES)
     archive = _archive(pieces, modules)
-    for program in sorted((pieces.tools / "bin").iterdir()):
-        archive.file(f"bin/{program.name}", program.read_bytes(), 0o755)
-    archive.directory("lib64")
-    for library in sorted((pieces.tools / "lib").iterdir()):
-        # the loader has its fixed place and looks for the others in /lib
-        place = "lib64" if library.name == LOADER else "lib"
-        archive.file(f"{place}/{library.name}", library.read_bytes(), 0o755)
+    _add_tools(archive, pieces)
     archive.file("init", script("blank", {"modules": " ".join(modules)}), 0o755)
     return archive.to_bytes()
 
@@ -67,6 +61,7 @@ def build_tidy(pieces: Pieces) -> bytes:
     """The initramfs of the boot that brings the disks of a new image in order."""
     modules = ("virtio_mmio", "virtio_blk", *BTRFS_MODULES)
     archive = _archive(pieces, modules)
+    _add_tools(archive, pieces)
     archive.file("init", script("tidy", {"modules": " ".join(modules)}), 0o755)
     return archive.to_bytes()
 
@@ -84,6 +79,17 @@ def _archive(pieces: Pieces, modules: Sequence[str]) -> Archive:
     archive.file("boot/move", _MOVE.encode())
     _add_modules(archive, pieces, modules)
     return archive
+
+
+def _add_tools(archive: Archive, pieces: Pieces) -> None:
+    """The Btrfs tools with their libraries."""
+    for program in sorted((pieces.tools / "bin").iterdir()):
+        archive.file(f"bin/{program.name}", program.read_bytes(), 0o755)
+    archive.directory("lib64")
+    for library in sorted((pieces.tools / "lib").iterdir()):
+        # the loader has its fixed place and looks for the others in /lib
+        place = "lib64" if library.name == LOADER else "lib"
+        archive.file(f"{place}/{library.name}", library.read_bytes(), 0o755)
 
 
 def _add_modules(archive: Archive, pieces: Pieces, names: Sequence[str]) -> None:

@@ -148,7 +148,7 @@ def staging(paths: Paths, name: str) -> Iterator[Path]:
     """A directory in which a version of image `name` is made; what `publish` does not take is gone afterwards.
     An OSError of a full disk in the block becomes InsufficientSpace."""
     home = paths.image(name)
-    home.mkdir(mode=0o700, parents=True, exist_ok=True)
+    durable.make_directory(home)
     work = durable.staging(home, "image")
     try:
         yield work
@@ -191,9 +191,7 @@ def point(paths: Paths, name: str, tag: str, version: str, recipe_key: str) -> N
     """Let a tag mean a version."""
     pointer = json.dumps({"digest": version, "recipe": recipe_key}) + "\n"
     path = paths.image_tag(name, tag)
-    if not path.parent.is_dir():
-        path.parent.mkdir(mode=0o700)
-        durable.sync_directory(path.parent.parent)
+    durable.make_directory(path.parent)
     crashpoint("image.tag.before")
     durable.replace_file(path, pointer.encode(), mode=0o644)
     crashpoint("image.tag.after")
