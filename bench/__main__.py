@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
-from bench import floor, suite, warm
+from bench import durability, floor, suite, warm
 from limpet import Client, images, paths, process
 from limpet.vmm import accel
 
@@ -61,6 +61,8 @@ def main(wanted: list[str]) -> int:
             reached &= record("main", verdict.accel, rows(client, floors))
         if not wanted or "warm" in wanted:
             reached &= record("warm", verdict.accel, warm.rows(client, where))
+        if not wanted or "durable" in wanted:
+            reached &= record("durable", verdict.accel, durability.rows(client, where))
     return 0 if reached else 1
 
 

@@ -50,7 +50,7 @@ def leave_home(home: Path) -> None:
     """End everything that runs in a home, then remove it."""
     with Client(home=home) as client:
         for sandbox in client.sandboxes.list():
-            sandbox.remove(force=True)
+            sandbox.remove(force=True, purge=True)
     run_cli(home, "daemon", "stop")
     shutil.rmtree(home, ignore_errors=True)
 

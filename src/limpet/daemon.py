@@ -33,6 +33,8 @@ from limpet.services.images import Images
 from limpet.services.live import LiveTable
 from limpet.services.locks import Locks
 from limpet.services.operations import Operations
+from limpet.services.payloads import Attachments
+from limpet.services.payloads.service import Payloads
 from limpet.services.pool import Pool
 from limpet.services.ports import Ports
 from limpet.services.reconcile import reconcile
@@ -43,9 +45,13 @@ from limpet.services.standing import Standing
 from limpet.services.starting import Starter
 from limpet.services.stats import StatsService
 from limpet.services.storage import Storage
+from limpet.services.syncing import Syncing
 from limpet.services.system import System
 from limpet.services.templatecache import TemplateCache
 from limpet.services.templates import Templates
+from limpet.services.trash import Trash
+from limpet.services.vaults import Vaults
+from limpet.services.vaulttable import VaultTable
 from limpet.services.workspace import Workspaces
 from limpet.store import Store
 from limpet.version import __version__
@@ -60,6 +66,7 @@ def main() -> None:
     found = paths.discover()
     try:
         found.make()
+        durable.sync_directory(found.data)  # the names of what an upgrade added to it
         log.configure(found.daemon_log)
         asyncio.run(run(found))
     except LimpetError as error:
@@ -84,7 +91,8 @@ async def run(where: paths.Paths) -> None:
         parts.pool.refill()
         info = {"pid": os.getpid(), "version": __version__}
         durable.replace_file(where.daemon_info, json.dumps(info).encode())
-        clock = asyncio.create_task(timers.run(host, parts.sandboxes, parts.standing), name="timers")
+        ticking = timers.run(host, parts.sandboxes, parts.standing, parts.syncing, parts.vaults)
+        clock = asyncio.create_task(ticking, name="timers")
         app = create_app(build_services(host, parts, ended.set))
         try:
             async with serving(app, where.daemon_socket):
@@ -95,6 +103,9 @@ async def run(where: paths.Paths) -> None:
             clock.cancel()
             await parts.templates.close()
             await parts.pool.close()
+            await parts.syncing.close()
+            await host.payloads.close()
+            await parts.vaults.close()
             await let_go(host)
     finally:
         store.close()
@@ -107,17 +118,21 @@ class Parts:
 
     templates: Templates
     pool: Pool
+    syncing: Syncing
     sandboxes: Sandboxes
     standing: Standing
+    vaults: Vaults
+    payloads: Payloads
 
 
 def build_host(where: paths.Paths, store: Store) -> Host:
     """The shared parts, once."""
     records, live, layers = Records(store), LiveTable(), Layers(where.layers)
+    events, vaults = Events(store), VaultTable(where.vaults)
     return Host(
         paths=where,
         records=records,
-        events=Events(store),
+        events=events,
         operations=Operations(store),
         locks=Locks(),
         live=live,
@@ -125,7 +140,9 @@ def build_host(where: paths.Paths, store: Store) -> Host:
         layers=layers,
         catalogue=Catalogue(where.checkpoints, layers),
         templates=TemplateCache(where.templates, layers),
+        vaults=vaults,
         config=Config(store),
+        payloads=Attachments(where, events, vaults),
     )
 
 
@@ -134,8 +151,10 @@ def build_parts(host: Host) -> Parts:
     templates = Templates(host)
     starter = Starter(host, templates)
     pool = Pool(host, starter, templates)
-    sandboxes = Sandboxes(host, starter, pool)
-    return Parts(templates, pool, sandboxes, Standing(host, sandboxes))
+    syncing = Syncing(host)
+    sandboxes = Sandboxes(host, starter, pool, syncing)
+    standing = Standing(host, sandboxes, syncing)
+    return Parts(templates, pool, syncing, sandboxes, standing, Vaults(host, syncing), Payloads(host, syncing))
 
 
 def build_services(host: Host, parts: Parts, end: Callable[[], None]) -> Services:
@@ -156,7 +175,11 @@ def build_services(host: Host, parts: Parts, end: Callable[[], None]) -> Service
         ports=host.ports,
         workspaces=Workspaces(host),
         images=Images(host, storage),
-        doctor=Doctor(host),
+        doctor=Doctor(host, parts.vaults),
+        trash=Trash(host),
+        syncing=parts.syncing,
+        vaults=parts.vaults,
+        payloads=parts.payloads,
         stats=StatsService(host.paths, host.records, host.live, host.layers),
         operations=host.operations,
         events=host.events,

@@ -17,6 +17,7 @@
         agent.log               the guest agent's own log, bounded
         qemu.log                QEMU's stderr, bounded
       vaults/<sandbox id>/      generations of what a sandbox wrote, whatever becomes of its disks (see vault/)
+      payloads/<id>.json        what a payload's host directory shows, and what it is about to
       images/<name>/<digest>/   image: root.raw, data.raw (unless its data disk is blank) and image.json, named by
                                 content; sandboxes' disks build on it
       images/<name>/current     which of them the name means: the tag `latest`
@@ -143,6 +144,10 @@ class Paths:
         return self.vaults / sandbox_id
 
     @property
+    def payloads(self) -> Path:
+        return self.data / "payloads"
+
+    @property
     def templates(self) -> Path:
         return self.cache / "templates"
 
@@ -209,7 +214,7 @@ class Paths:
 
     def make(self) -> None:
         """Create the roots (0700 where only the user has business). Raises FailedPrecondition when one cannot be."""
-        data = (self.data, self.sandboxes, self.layers, self.checkpoints, self.vaults)
+        data = (self.data, self.sandboxes, self.layers, self.checkpoints, self.vaults, self.payloads)
         for directory in (*data, self.cache, self.run, self.sockets):
             try:
                 directory.mkdir(mode=0o700, parents=True, exist_ok=True)

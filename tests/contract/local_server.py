@@ -31,6 +31,7 @@ from tests.contract.local_services import (
     PlayedExecs,
     PlayedSandboxes,
 )
+from tests.contract.local_vaults import PlayedPayloads, PlayedSyncing, PlayedTrash, PlayedVaults
 
 HEADERS = {"Limpet-Protocol": str(PROTOCOL)}
 
@@ -69,13 +70,17 @@ class Running:
         self.operations, self.events = Operations(store), Events(store)
         self.sandboxes = PlayedSandboxes(self.operations)
         self.images, self.storage = PlayedImages(self.operations), PlayedStorage(self.operations)
+        self.vaults, self.payloads = PlayedVaults(self.sandboxes), PlayedPayloads(self.sandboxes)
+        self.trash = PlayedTrash(self.sandboxes)
+        self.sandboxes.removed = self.trash.take
         nothing = cast(Any, None)
         services = Services(
             system=LocalSystem(self.paths.data), sandboxes=self.sandboxes, standing=self.sandboxes,
             forks=self.sandboxes, commits=self.sandboxes, execs=self.execs, files=self.files,
             ports=NoPorts(), workspaces=nothing, images=self.images, checkpoints=PlayedCheckpoints(self.sandboxes),
             templates=PlayedTemplates(self.operations), config=Config(store), storage=self.storage, doctor=nothing,
-            stats=LocalStats(), operations=self.operations, events=self.events,
+            stats=LocalStats(), operations=self.operations, events=self.events, vaults=self.vaults,
+            syncing=PlayedSyncing(self.sandboxes), payloads=self.payloads, trash=self.trash,
         )  # fmt: skip
         try:
             async with serving(create_app(services), self.socket, ping=0.1):

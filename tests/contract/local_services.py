@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,7 @@ class PlayedSandboxes(PlayedMoments):
     def __init__(self, operations: Operations) -> None:
         self.operations = operations
         self.known: dict[str, Sandbox] = {}
+        self.removed: Callable[[Sandbox], None] = lambda _: None
         self.undone: list[str] = []
 
     async def create(self, request: CreateRequest) -> Operation:
@@ -94,9 +95,11 @@ class PlayedSandboxes(PlayedMoments):
     async def kill(self, name: str, request: KillRequest) -> Operation:
         return await self.stop(name, StopRequest())
 
-    async def remove(self, name: str, force: bool) -> Operation:
+    async def remove(self, name: str, force: bool, purge: bool) -> Operation:
         async def work(stages: Stages) -> None:
-            del self.known[name]
+            box = self.known.pop(name)
+            if not purge:
+                self.removed(box)
 
         return self.operations.start("remove", name, work)
 

@@ -15,7 +15,7 @@ import subprocess
 import tarfile
 import termios
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
@@ -54,6 +54,7 @@ class Boxes(PlayedMoments):
         self.begun: list[str] = []
         self.undone: list[str] = []
         self.created: list[CreateRequest] = []
+        self.removed: Callable[[Sandbox], None] = lambda _: None
 
     async def create(self, request: CreateRequest) -> Operation:
         name = request.name or "made-up"
@@ -71,7 +72,7 @@ class Boxes(PlayedMoments):
                     self.undone.append(name)
                     raise
             self.created.append(request)
-            given = request.model_dump(exclude={"name", "start"})
+            given = request.model_dump(exclude={"name", "start", "payloads"})
             if request.image == "served":
                 given["entrypoint"] = request.entrypoint or ["echo", "from the entrypoint"]
             state = State.RUNNING if request.start else State.STOPPED
@@ -126,12 +127,14 @@ class Boxes(PlayedMoments):
     async def kill(self, name: str, request: KillRequest) -> Operation:
         return await self.stop(name, StopRequest())
 
-    async def remove(self, name: str, force: bool) -> Operation:
+    async def remove(self, name: str, force: bool, purge: bool) -> Operation:
         if self.one(name).state is State.RUNNING and not force:
             raise FailedPrecondition(f"'{name}' is running", hint=f"limpet stop {name}, or --force")
 
         async def work(stages: Stages) -> None:
-            del self.known[name]
+            box = self.known.pop(name)
+            if not (purge or box.spec.ephemeral):
+                self.removed(box)
 
         return self.operations.start("remove", name, work)
 

@@ -48,6 +48,7 @@ from limpet.services.streams import PatchBody
 from limpet.store import Store
 from tests.contract.local_moments import PlayedCheckpoints, PlayedImages, PlayedStorage, PlayedTemplates
 from tests.contract.local_services import LocalStats, LocalSystem
+from tests.contract.local_vaults import PlayedPayloads, PlayedSyncing, PlayedTrash, PlayedVaults
 
 from .client_guest import Boxes, GuestFiles, LocalExecs
 
@@ -174,6 +175,9 @@ class StandIn:
         self.workspaces = PlayedWorkspaces(self.boxes)
         self.checkpoints = PlayedCheckpoints(self.boxes)
         self.images, self.storage = PlayedImages(self.operations), PlayedStorage(self.operations)
+        self.vaults, self.payloads = PlayedVaults(self.boxes), PlayedPayloads(self.boxes)
+        self.trash, syncing = PlayedTrash(self.boxes), PlayedSyncing(self.boxes)
+        self.boxes.removed, syncing.payloads = self.trash.take, self.payloads
         services = Services(
             system=PlayedSystem(self.paths.data, self.operations, self._end.set), sandboxes=self.boxes,
             standing=self.boxes, forks=self.boxes, commits=self.boxes,
@@ -181,6 +185,7 @@ class StandIn:
             workspaces=self.workspaces, images=self.images, checkpoints=self.checkpoints,
             templates=PlayedTemplates(self.operations), config=Config(store), storage=self.storage,
             doctor=PlayedDoctor(), stats=LocalStats(), operations=self.operations, events=self.events,
+            syncing=syncing, vaults=self.vaults, payloads=self.payloads, trash=self.trash,
         )  # fmt: skip
         try:
             async with serving(create_app(services), self.paths.daemon_socket):
@@ -227,6 +232,15 @@ class StandIn:
             input=input, stdin=subprocess.DEVNULL if input is None else None, capture_output=True, timeout=30,
             check=False,
         )  # fmt: skip
+
+    def complete(self, line: str) -> list[str]:
+        """What the shell would offer at the end of this command line."""
+        extra = {"_LIMPET_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(line.count(" "))}
+        done = subprocess.run(
+            [sys.executable, "-m", "limpet.cli.main"], env=self.environment() | extra, capture_output=True,
+            text=True, timeout=30, check=False,
+        )  # fmt: skip
+        return done.stdout.split()
 
 
 @contextlib.contextmanager

@@ -103,13 +103,18 @@ def test_rm_of_a_running_sandbox_wants_force_and_never_asks_with_yes(daemon: Sta
     assert daemon.cli("rm", "-yf", "busy").returncode == 0
 
 
-def test_rm_asks_at_a_terminal(daemon: StandIn) -> None:
-    daemon.add("asked", State.STOPPED)
+def test_rm_asks_at_a_terminal_when_one_runs_and_a_yes_is_as_good_as_force(daemon: StandIn) -> None:
+    daemon.add("asked")
     terminal = Terminal(daemon, "rm", "asked")
-    terminal.until(b"[y/N]")
+    terminal.until(b"asked is running\r\nRemove? [y/N]")
     terminal.press(b"n\r")
     assert terminal.end() == 1
     assert "asked" in daemon.boxes.known
+    terminal = Terminal(daemon, "rm", "asked")
+    terminal.until(b"[y/N]")
+    terminal.press(b"y\r")
+    assert terminal.end() == 0
+    assert "asked" not in daemon.boxes.known
 
 
 def test_create_prints_the_name_or_the_sandbox(daemon: StandIn) -> None:
@@ -321,17 +326,8 @@ def test_setup_image_version_and_completion(daemon: StandIn) -> None:
 
 
 def test_completion_knows_commands_and_names(daemon: StandIn) -> None:
-    def complete(line: str) -> list[str]:
-        words = line.split(" ")
-        extra = {"_LIMPET_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(len(words) - 1)}
-        done = subprocess.run(
-            [sys.executable, "-m", "limpet.cli.main"], env=daemon.environment() | extra, capture_output=True,
-            text=True, timeout=30, check=False,
-        )  # fmt: skip
-        return done.stdout.split()
-
-    assert complete("limpet ex") == ["exec", "export"]
-    assert "web" in complete("limpet stop ")
+    assert daemon.complete("limpet ex") == ["exec", "export"]
+    assert "web" in daemon.complete("limpet stop ")
 
 
 def test_broken_stdout_is_no_traceback(daemon: StandIn) -> None:

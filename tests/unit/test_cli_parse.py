@@ -150,3 +150,48 @@ def test_importing_all_of_the_home_directory_by_accident_is_refused(
     for place in (Path("/"), tmp_path):
         with pytest.raises(BadRequest, match="refusing to import all"):
             _workdir.project_root(place)
+
+
+@pytest.mark.parametrize(
+    ("text", "host", "guest", "interval"),
+    [
+        ("./data:/home/user/data", "./data", "/home/user/data", None),
+        ("/a:b:/c", "/a:b", "/c", None),
+        ("data:/c:interval=2m", "data", "/c", 120.0),
+        ("/a:/c:interval=0.5", "/a", "/c", 0.5),
+    ],
+)
+def test_payloads(text: str, host: str, guest: str, interval: float | None) -> None:
+    """PAY-1"""
+    assert _parse.payload(text) == (host, guest, interval)
+
+
+@pytest.mark.parametrize("text", ["", "/a", "/a:b", ":/c", "/a:/c:often", "/a:/c:interval=", "/a:/c:interval=x"])
+def test_wrong_payloads_are_refused_with_an_example(text: str) -> None:
+    with pytest.raises(BadRequest) as caught:
+        _parse.payload(text)
+    assert "for example" in (caught.value.hint or "")
+
+
+@pytest.mark.parametrize(
+    ("text", "path", "at"),
+    [
+        ("", None, None),
+        ("/home/user/x", "/home/user/x", None),
+        ("/home/user/x@12", "/home/user/x", "12"),
+        ("@12", None, "12"),
+        ("/home/user/a@b", "/home/user/a@b", None),
+        ("/home/user/a@b@3", "/home/user/a@b", "3"),
+        ("/home/user/x@2026-01-31T12:00+00:00", "/home/user/x", "2026-01-31T12:00:00+00:00"),
+    ],
+)
+def test_what_of_a_vault_is_meant(text: str, path: str | None, at: str | None) -> None:
+    """D3"""
+    assert _parse.kept(text) == (path, at)
+
+
+@pytest.mark.parametrize(("text", "about"), [("x", "/home/user/x"), ("x@12", "/home/user/x"), ("@soon", "10m")])
+def test_what_is_neither_a_path_nor_an_instant_is_refused_with_an_example(text: str, about: str) -> None:
+    with pytest.raises(BadRequest) as caught:
+        _parse.kept(text)
+    assert about in (caught.value.hint or "")

@@ -149,6 +149,15 @@ async def stream(chunks: AsyncIterator[bytes], media: str = RAW, headers: dict[s
     return _Streamed(first, source, media, headers)
 
 
+async def lines(models: AsyncIterator[BaseModel]) -> AsyncIterator[bytes]:
+    """One JSON object a line, as NDJSON wants it."""
+    try:
+        async for model in models:
+            yield _parse.dump(model) + b"\n"
+    finally:
+        await _close(models)
+
+
 class _Streamed(StreamingResponse):
     """Closes its source at once when the client goes, not whenever it is collected."""
 

@@ -50,7 +50,8 @@ async def set_sandbox(call: Call) -> SetResult:
 
 
 async def remove_sandbox(call: Call) -> Operation:
-    return await call.services.sandboxes.remove(call.name, call.query(RemoveQuery).force)
+    query = call.query(RemoveQuery)
+    return await call.services.sandboxes.remove(call.name, query.force, query.purge)
 
 
 async def start_sandbox(call: Call) -> Operation:
@@ -127,7 +128,7 @@ ROUTES = (
     Endpoint("GET", "/v1/sandboxes", list_sandboxes, "List sandboxes", Many(Sandbox), query=ListQuery),
     Endpoint("GET", _ONE, get_sandbox, "Show one sandbox", Sandbox),
     Endpoint("PATCH", _ONE, set_sandbox, "Change a sandbox", SetResult, body=SetRequest),
-    Endpoint("DELETE", _ONE, remove_sandbox, "Remove a sandbox", Operation, query=RemoveQuery, status=202),
+    Endpoint("DELETE", _ONE, remove_sandbox, "Into the trash with it", Operation, query=RemoveQuery, status=202),
     Endpoint("POST", _ONE + "/start", start_sandbox, "Boot it (result: Sandbox)", Operation, status=202),
     Endpoint("POST", _ONE + "/stop", stop_sandbox, "Stop it without losing data (result: StopResult)", Operation,
              body=StopRequest, status=202),

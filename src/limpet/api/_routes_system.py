@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 
-from pydantic import BaseModel
 from starlette.responses import Response
 
-from limpet.api import _parse
-from limpet.api._endpoint import NDJSON, Call, Endpoint, Many, Raw, stream
+from limpet.api._endpoint import NDJSON, Call, Endpoint, Many, Raw, lines, stream
 from limpet.api.queries import EventsQuery, SetupBody
 from limpet.models import DaemonStatus, DoctorReport, Event, Operation
 
@@ -42,7 +40,7 @@ async def get_operation(call: Call) -> Operation:
 
 
 async def stream_operation(call: Call) -> Response:
-    return await stream(_lines(call.services.operations.stream(call.path("id"))), NDJSON)
+    return await stream(lines(call.services.operations.stream(call.path("id"))), NDJSON)
 
 
 async def cancel_operation(call: Call) -> Operation:
@@ -56,19 +54,14 @@ async def prune_operation(call: Call) -> None:
 async def follow_events(call: Call) -> Response:
     events, query = call.services.events, call.query(EventsQuery)
     after = events.last() if query.after == "now" else query.after
-    lines = _lines(events.follow(after, wait=query.follow))
+    found = lines(events.follow(after, wait=query.follow))
     # While following, the answer begins at once: the first event may be long in coming.
-    return await stream(_with_empty_start(lines) if query.follow else lines, NDJSON)
+    return await stream(_with_empty_start(found) if query.follow else found, NDJSON)
 
 
-async def _lines(models: AsyncIterator[BaseModel]) -> AsyncIterator[bytes]:
-    async for model in models:
-        yield _parse.dump(model) + b"\n"
-
-
-async def _with_empty_start(lines: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+async def _with_empty_start(content: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
     yield b""
-    async for line in lines:
+    async for line in content:
         yield line
 
 

@@ -26,31 +26,44 @@ from limpet.models import (
     ExecRequest,
     FileInfo,
     ForkRequest,
+    GenerationInfo,
     ImageFileRequest,
     ImageInfo,
     ImageVersion,
     ImportRequest,
     KillRequest,
     Operation,
+    PathChange,
+    PathVersion,
+    PayloadConfirm,
+    PayloadRequest,
+    PayloadStatus,
     PortMapping,
     PruneRequest,
     PruneResult,
     RestoreRequest,
+    RiskReport,
     Sandbox,
     SetRequest,
     SetResult,
     Setting,
     Stats,
     StopRequest,
+    SyncStatus,
     SystemInfo,
     TemplateInfo,
     TemplateRequest,
+    TrashEntry,
+    UndeleteRequest,
     Unpacked,
+    VaultListing,
+    VaultRestoreRequest,
+    VaultUsage,
     VerifyRequest,
 )
 from limpet.services.events import Events
 from limpet.services.operations import Operations
-from limpet.services.streams import ExecSession, FileBody, PatchBody
+from limpet.services.streams import ExecSession, FileBody, PatchBody, VaultFile
 
 LogSource = Literal["console", "agent", "qemu"]
 LaneName = Literal["stdout", "stderr"]
@@ -75,7 +88,8 @@ class Sandboxes(Protocol):
     async def stop(self, name: str, request: StopRequest) -> Operation: ...  # StopResult
     async def restart(self, name: str, request: StopRequest) -> Operation: ...  # Sandbox
     async def kill(self, name: str, request: KillRequest) -> Operation: ...  # StopResult
-    async def remove(self, name: str, force: bool) -> Operation: ...  # {}
+    async def remove(self, name: str, force: bool, purge: bool) -> Operation:
+        """Into the trash; with `purge` (and for ephemeral ones) for good, with its vault. Result: {}."""
 
 
 class Standing(Protocol):
@@ -176,6 +190,83 @@ class Workspaces(Protocol):
     async def drift(self, name: str) -> Drift: ...
 
 
+class Syncing(Protocol):
+    """What sandboxes wrote, on its way to the host."""
+
+    async def sync(self, name: str) -> Operation:
+        """Now; everything written before this call is in the generation that the result, a SyncResult, names."""
+
+    async def status(self, name: str, *, pending: bool) -> SyncStatus:
+        """Of any sandbox that is not in the trash. `pending`: also ask the guest, within a bounded time, how many
+        files and bytes are not on the host yet; they stay None when it cannot answer."""
+
+    async def all_status(self) -> Sequence[SyncStatus]:
+        """Of all sandboxes that have a VM, by name, without asking any guest (`pending_*` are None)."""
+
+
+class Vaults(Protocol):
+    """Generations, from the host's disk alone: no VM is needed but for `restore` without `to`.
+
+    `name`: a sandbox's name; the name that a trashed one had, where no other has it now; an id or the beginning of
+    one. `at`: a generation's number or a time (see `moments.parse`), the newest generation when None. `path`: absolute
+    in the guest. Raises NotFound for a generation (naming the nearest kept ones) or a path that is not there."""
+
+    async def history(self, name: str) -> Sequence[GenerationInfo]:
+        """The oldest first."""
+
+    async def versions(self, name: str, path: str) -> Sequence[PathVersion]:
+        """The generations in which the path, or anything below it, changed; the oldest first. Raises NotFound when no
+        kept generation has it."""
+
+    async def listing(self, name: str, path: str, at: str | None) -> VaultListing:
+        """What the path is and, for a directory, what it holds, by name. `/` and the directories above the volumes
+        list those."""
+
+    async def read(self, name: str, path: str, at: str | None) -> VaultFile:
+        """A regular file's bytes, verified before they are passed on. Raises BadRequest for anything else."""
+
+    async def diff(self, name: str, a: str, b: str | None) -> AsyncIterator[PathChange]:
+        """What differs from `a` to `b` (both as `at`), by path."""
+
+    async def restore(self, name: str, request: VaultRestoreRequest) -> Operation: ...  # VaultRestored
+    async def check(self, name: str | None) -> Operation:
+        """Every hash of one vault or of all. Result: VaultChecks; damage is no failure of the operation."""
+
+    async def repair(self, name: str | None) -> Operation: ...  # VaultChecks, with `repaired` filled
+    async def collect(self, name: str | None) -> Operation: ...  # PruneResult; `removed`: `NAME@GENERATION`
+    async def usage(self) -> Sequence[VaultUsage]:
+        """Of all vaults, by the sandbox's name; those of trashed sandboxes too."""
+
+
+class Payloads(Protocol):
+    """`payload` is an id (pl_…) or the beginning of one."""
+
+    async def add(self, name: str, request: PayloadRequest) -> Operation:
+        """Result: PayloadStatus. On a sandbox that does not run: it is seeded at the next start."""
+
+    async def remove(self, name: str, payload: str) -> Operation:
+        """Publish a last time (when it can be), let the host directory go, take the guest's away. Result: {}."""
+
+    async def status(self, name: str | None) -> Sequence[PayloadStatus]:
+        """Of one sandbox or of all, in the order in which they were added."""
+
+    async def confirm(self, name: str, payload: str, request: PayloadConfirm) -> Operation: ...  # PayloadStatus
+
+
+class Trash(Protocol):
+    """`trashed`: the name that the sandbox had (the newest of several), its id or the beginning of one."""
+
+    async def list(self) -> Sequence[TrashEntry]:
+        """The newest first."""
+
+    async def empty(self, trashed: str | None) -> Operation: ...  # PruneResult; one or all, for good
+    async def undelete(self, trashed: str, request: UndeleteRequest) -> Operation:
+        """Result: Sandbox. Raises AlreadyExists when its name is taken and the request has no other."""
+
+    async def risk(self, name: str) -> RiskReport:
+        """What only this sandbox has, in bounded time."""
+
+
 class Images(Protocol):
     """`image` is `NAME[:TAG]`."""
 
@@ -224,3 +315,7 @@ class Services:
     stats: StatsService
     operations: Operations
     events: Events
+    syncing: Syncing
+    vaults: Vaults
+    payloads: Payloads
+    trash: Trash

@@ -17,6 +17,7 @@ def _not_empty(path: str) -> str:
 
 # Not by min_length: pydantic's own checks of strings refuse surrogate escapes, and paths need not be UTF-8.
 GuestPath = Annotated[str, AfterValidator(_not_empty), Field(description="absolute path in the guest")]
+At = Annotated[str, Field(min_length=1, description="a generation's number, or a time (ISO 8601)")]
 Mode = Annotated[int, Field(ge=0, le=0o7777, description="permission bits, as a decimal number")]
 
 
@@ -36,6 +37,7 @@ class ListQuery(Parameters):
 
 class RemoveQuery(Parameters):
     force: bool = Field(False, description="also a running one")
+    purge: bool = Field(False, description="for good, with its vault; not into the trash")
 
 
 class EventsQuery(Parameters):
@@ -86,6 +88,24 @@ class UnpackQuery(Parameters):
 
 class BaseQuery(Parameters):
     base: str | None = Field(None, description="commit to compare with; else the one of the import")
+
+
+class SyncQuery(Parameters):
+    pending: bool = Field(False, description="also ask the guest what is not on the host yet")
+
+
+class VaultQuery(Parameters):
+    """`at` absent: the newest generation."""
+
+    path: GuestPath
+    at: At | None = None
+
+
+class DiffQuery(Parameters):
+    """`b` absent: the newest generation."""
+
+    a: At
+    b: At | None = None
 
 
 class LogsQuery(Parameters):

@@ -35,6 +35,40 @@ def complete_checkpoints(incomplete: str) -> list[str]:
     return [reference for reference in found if reference.startswith(incomplete)]
 
 
+def complete_trashed(incomplete: str) -> list[str]:
+    """Names of sandboxes in the trash for the shell; silent when there is no daemon."""
+    from limpet.client import Client
+    from limpet.errors import LimpetError
+
+    try:
+        with Client(autostart=False, timeout=2) as client:
+            return [entry.name for entry in client.trash.list() if entry.name.startswith(incomplete)]
+    except LimpetError:
+        return []
+
+
+def complete_kept(incomplete: str) -> list[str]:
+    """Names of all sandboxes that have a vault, removed ones too."""
+    return list(dict.fromkeys([*complete_names(incomplete), *complete_trashed(incomplete)]))
+
+
+def complete_restorable(incomplete: str) -> list[str]:
+    """What `restore` takes first: `NAME@ID` of checkpoints, once there is an `@`; names before."""
+    return complete_checkpoints(incomplete) if "@" in incomplete else complete_kept(incomplete)
+
+
+def complete_payloads(incomplete: str) -> list[str]:
+    """Ids of all payloads for the shell; silent when there is no daemon."""
+    from limpet.client import Client
+    from limpet.errors import LimpetError
+
+    try:
+        with Client(autostart=False, timeout=2) as client:
+            return [one.payload.id for one in client.payloads() if one.payload.id.startswith(incomplete)]
+    except LimpetError:
+        return []
+
+
 def value_of(parser: Any) -> Any:
     """A callback that checks an option while the command line is still being parsed: a mistake is wrong usage."""
     from limpet.errors import BadRequest
@@ -120,6 +154,17 @@ Checkpoints = Annotated[
     list[str],
     typer.Argument(metavar="NAME@ID", autocompletion=complete_checkpoints, show_default=False,
                    callback=value_of(_parse.checkpoints), help="ID: an id, the beginning of one, or a label."),
+]  # fmt: skip
+Payloads = Annotated[
+    list[str] | None,
+    typer.Option("--payload", metavar="HOSTDIR:GUESTDIR[:interval=TIME]",
+                 help="Keep this host directory in step with that of the guest.",
+                 callback=value_of(_parse.payloads)),
+]  # fmt: skip
+KeptName = Annotated[
+    str,
+    typer.Argument(metavar="NAME", autocompletion=complete_kept, show_default=False,
+                   help="A sandbox, running or not, also one in the trash; or its id."),
 ]  # fmt: skip
 User = Annotated[str | None, typer.Option("--user", "-u", metavar="USER", help="Run as this user of the guest.")]
 Cwd = Annotated[str | None, typer.Option("--workdir", metavar="DIR", help="Directory in the guest.")]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from limpet.errors import BadRequest, LimpetError
@@ -133,3 +133,13 @@ def duration(seconds: float) -> str:
         if whole >= length:
             return f"{whole // length}{unit}" + (f"{rest}{smaller}" if (rest := whole % length // part) else "")
     return f"{whole}s"
+
+
+def when(moment: datetime) -> str:
+    """A time on this machine's clock, to the second."""
+    return moment.astimezone().strftime("%Y-%m-%d %H:%M:%S")
+
+
+def ago(moment: datetime) -> str:
+    """How long ago a time was, for people."""
+    return f"{duration((datetime.now(UTC) - moment).total_seconds())} ago"

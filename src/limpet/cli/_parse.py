@@ -6,8 +6,10 @@ import os
 import re
 import shlex
 from collections.abc import Iterable
+from datetime import datetime
 from typing import NamedTuple
 
+from limpet import moments
 from limpet.errors import BadRequest
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", re.IGNORECASE)
@@ -130,3 +132,71 @@ def place(text: str) -> Place:
     if not path:
         raise BadRequest(f"{text!r} names no path", hint=f"write {name}:PATH, for example {name}:/workspace")
     return Place(name, path)
+
+
+class Payload(NamedTuple):
+    """A host directory and the guest directory that it is kept in step with."""
+
+    host: str
+    guest: str
+    interval: float | None = None
+
+    @property
+    def given(self) -> tuple[str, str] | tuple[str, str, float]:
+        """As the SDK takes it: without what was not said."""
+        return (self.host, self.guest) if self.interval is None else (self.host, self.guest, self.interval)
+
+
+def payload(text: str) -> Payload:
+    """`HOST:GUEST` or `HOST:GUEST:interval=TIME`; GUEST is absolute, HOST may have colons in it."""
+    example = "write HOSTDIR:GUESTDIR, for example ./data:/home/user/data or ./data:/home/user/data:interval=5s"
+    pair, colon, option = text.rpartition(":")
+    interval = None
+    if colon and not option.startswith("/"):
+        key, _, value = option.partition("=")
+        if key != "interval":
+            raise BadRequest(f"{text!r} is not a payload", hint=example)
+        interval = seconds(value)
+    else:
+        pair = text
+    host, _, guest = pair.rpartition(":")
+    if not host or not guest.startswith("/"):
+        raise BadRequest(f"{text!r} is not a payload", hint=example)
+    return Payload(host, guest, interval)
+
+
+def payloads(texts: Iterable[str]) -> list[Payload]:
+    return [payload(text) for text in texts]
+
+
+def instant(text: str) -> str:
+    """A generation as the daemon takes it: its number, or a time with its zone. `10m` is ten minutes ago."""
+    found = moments.parse(text, datetime.now().astimezone())
+    return str(found) if isinstance(found, int) else found.isoformat()
+
+
+def is_instant(text: str) -> bool:
+    try:
+        instant(text)
+    except BadRequest:
+        return False
+    return True
+
+
+class Kept(NamedTuple):
+    """What of a vault is meant: everything when `path` is None, the newest generation when `at` is."""
+
+    path: str | None
+    at: str | None
+
+
+def kept(text: str) -> Kept:
+    """`[PATH][@GEN|@TIME]`. The last `@` counts, where a generation or a time follows it; else it belongs to PATH."""
+    path, at, moment = text.rpartition("@")
+    if not at or not is_instant(moment):
+        path, moment = text, ""
+    if path and not path.startswith("/"):
+        if path.startswith("@"):
+            raise BadRequest(f"{path[1:]!r} is neither a generation nor a time", hint=moments.HINT)
+        raise BadRequest(f"{path!r} is not an absolute path in the guest", hint=f"for example /home/user/{path}")
+    return Kept(path or None, instant(moment) if moment else None)

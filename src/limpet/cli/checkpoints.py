@@ -1,4 +1,4 @@
-"""Back and forth in time: checkpoint create|ls|inspect|verify|rm, restore, undo."""
+"""Back and forth in time: checkpoint create|ls|inspect|verify|rm, restore (also from the vault), undo."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from limpet.cli import _boxes, _options, _output
+from limpet.cli import _boxes, _options, _output, _parse, vaults
 from limpet.cli._progress import Progress
+from limpet.errors import BadRequest, NotFound
 
 if TYPE_CHECKING:
     from limpet.models import CheckpointInfo, RestoreResult
@@ -159,24 +160,79 @@ def rm(checkpoints: _options.Checkpoints, json: _options.Json = False, quiet: _o
 
 @app.command()
 def restore(
-    checkpoint: _options.Checkpoint,
+    source: Annotated[
+        str,
+        typer.Argument(metavar="NAME@ID|NAME", autocompletion=_options.complete_restorable, show_default=False,
+                       callback=_options.value_of(_parse.checkpoint),
+                       help="A checkpoint (an id, the beginning of one, a label), or whose generation."),
+    ],
+    place: Annotated[
+        str | None,
+        typer.Argument(metavar="[PATH][@GEN|@TIME]", show_default=False, callback=_options.value_of(_parse.kept),
+                       help="What of the vault, and of when.  [default: everything, the newest]"),
+    ] = None,
+    to: Annotated[
+        str | None, typer.Option("--to", metavar="DIR", help="From the vault into this new or empty host directory.")
+    ] = None,
     as_name: Annotated[str | None, typer.Option("--as", metavar="NEW", help="Make a new sandbox of it.")] = None,
     force: Annotated[bool, typer.Option("--force", "-f", help="Also while the sandbox runs.")] = False,
     disk_only: DiskOnly = False,
     json: _options.Json = False,
     quiet: _options.Quiet = False,
-) -> int:
-    """Make a sandbox again what it was at a checkpoint. Prints its name.
+) -> int:  # fmt: skip
+    """Bring back a checkpoint of a sandbox, or files from its vault.
 
-    In place, what is replaced is kept as a checkpoint first. With --as, the sandbox itself stays as it is.
+    \b
+    restore NAME@ID                 the whole sandbox, as it was at a checkpoint
+    restore NAME@ID --as NEW        the same as a new sandbox
+    restore NAME --to DIR           all that NAME wrote, to the host
+    restore NAME PATH --to DIR      one file or directory
+    restore NAME PATH@12            as it was in generation 12, into the running sandbox
+    restore NAME @10m --to DIR      everything, as it was ten minutes ago
+
+    Of the vault: NAME may be running, stopped, broken or in the trash. PATH is absolute in the guest. GEN is a number
+    (limpet history NAME), TIME is 2026-01-31T12:00, 12:00:30, or 90s, 10m, 2h, 3d ago. The last @ counts when a
+    generation or a time follows it, else it belongs to PATH. Without --to, what is there now is kept as a generation
+    first. In place of a checkpoint, what is replaced is kept as a checkpoint first.
     """
     from limpet.client import Client
 
-    with Client() as client, Progress(quiet) as progress:
-        result = client.checkpoints.restore(
-            checkpoint, as_name=as_name, force=force, disk_only=disk_only, on_stage=progress
+    if place is None and to is None:
+        try:
+            with Client() as client, Progress(quiet) as progress:
+                result = client.checkpoints.restore(
+                    source, as_name=as_name, force=force, disk_only=disk_only, on_stage=progress
+                )
+        except NotFound as error:
+            error.hint = "; ".join(filter(None, (error.hint, _from_vault_instead(source))))
+            raise
+        return _told(result, json, quiet)
+    if as_name is not None or force or disk_only:
+        raise BadRequest(
+            "--as, --force and --disk-only are for checkpoints", hint="restore NAME@ID, without PATH or --to"
         )
-    return _told(result, json, quiet)
+    name, wanted = _from_vault(source, place)
+    with Client() as client:
+        return vaults.bring_back(client, name, wanted, to, json=json, quiet=quiet)
+
+
+def _from_vault_instead(source: str) -> str | None:
+    """What else could have been meant by something that names no checkpoint."""
+    name, at, moment = source.partition("@")
+    if (at and not _parse.is_instant(moment)) or source.startswith("ck_"):
+        return None
+    return f"files from the vault: limpet restore {name}{f' @{moment}' if at else ''} --to DIR"
+
+
+def _from_vault(source: str, place: str | None) -> tuple[str, _parse.Kept]:
+    """Whose vault, and what of it; `NAME@GEN` does as well as `NAME @GEN`."""
+    name, at, moment = source.partition("@")
+    wanted = _parse.kept(place or "")
+    if not at:
+        return name, wanted
+    if wanted.at is not None:
+        raise BadRequest(f"@{moment} and @{wanted.at} are two generations", hint=f"limpet restore {name} {place} …")
+    return name, wanted._replace(at=_parse.instant(moment))
 
 
 @app.command()

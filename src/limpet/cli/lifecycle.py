@@ -42,6 +42,7 @@ def create(
     user: _options.DefaultUser = None,
     workdir: _options.DefaultCwd = None,
     entrypoint: _options.Entrypoint = None,
+    payload: _options.Payloads = None,
     rm: Annotated[bool, typer.Option("--rm", help="Remove it when it stops.")] = False,
     start: Annotated[bool, typer.Option("--start/--no-start", help="Boot it.")] = True,
     detach: Annotated[bool, typer.Option("--detach", "-d", help="Print the operation's id; do not wait.")] = False,
@@ -61,6 +62,7 @@ def create(
     )  # fmt: skip
     spec |= {"ephemeral": rm, "start": start, "user": user, "workdir": workdir}
     spec["env"] = _parse.environment(env) if env else None
+    spec["payloads"] = [one.given for one in _parse.payloads(payload or ())]
     name = name or option_name
     with Client() as client, Progress(quiet) as progress:
         if detach:
@@ -104,9 +106,15 @@ def _told(name: str, answer: Sandbox | StopResult | None) -> str:
     """The name; how far a stop had to go and what may be lost is told besides."""
     rung = getattr(answer, "rung", "none")
     if rung != "none":
-        _output.note(f"{name}: {getattr(answer, 'durability', '')} ({rung})")
+        generation = getattr(answer, "generation", None)
+        _output.note(
+            f"{name}: {getattr(answer, 'durability', '')} ({rung})"
+            + (f", generation {generation} on the host" if generation is not None else "")
+        )
     for risk in getattr(answer, "at_risk", ()):
         _output.warn(f"{name}: may be lost: {risk}")
+    if unsynced := getattr(answer, "sync", None):
+        _output.warn(f"{name}: not all of it is on the host: {unsynced}", f"limpet start {name}; limpet sync {name}")
     return name
 
 
@@ -191,20 +199,33 @@ def rm(
     names: _options.Names = None,
     all: All = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Never ask.")] = False,
-    force: Annotated[bool, typer.Option("--force", "-f", help="Running ones too.")] = False,
+    force: Annotated[bool, typer.Option("--force", "-f", help="Running ones too, without asking.")] = False,
+    purge: Annotated[bool, typer.Option("--purge", help="For good, with its vault; not into the trash.")] = False,
     json: _options.Json = False,
     quiet: _options.Quiet = False,
 ) -> int:
-    """Delete sandboxes and their disks. Prints their names. Asks on a terminal, unless --yes.
+    """Put sandboxes into the trash, from where `limpet undelete` takes them back. Prints their names.
 
-    A running one is only deleted with --force.
+    On a terminal it asks, unless --yes or --force, when a sandbox runs or has work that is nowhere else. Elsewhere a
+    running one is only removed with --force.
     """
     from limpet.client import Client
 
     with Client() as client:
         wanted = _boxes.chosen(client, names, all)
-    if not yes and wanted and sys.stdin.isatty() and sys.stderr.isatty():
-        what = ", ".join(wanted)
-        if not typer.confirm(f"Delete {what} and all that is in {'it' if len(wanted) == 1 else 'them'}?", err=True):
-            return 1
-    return _many(wanted, False, "remove", json, quiet, force=force) if wanted else 0
+        if not (yes or force) and wanted and sys.stdin.isatty() and sys.stderr.isatty():
+            reasons = _boxes.reasons_to_ask(client, wanted, purge=purge)
+            for line in reasons:
+                _output.note(line)
+            if reasons and not typer.confirm("Remove for good?" if purge else "Remove?", err=True):
+                return 1
+            force = bool(reasons)
+    code = _many(wanted, False, "remove", json, quiet, force=force, purge=purge) if wanted else 0
+    if wanted and not (json or quiet or purge or code):
+        with Client() as client:
+            kept = {entry.name for entry in client.trash.list()}
+        back = [name for name in wanted if name in kept]
+        if back:
+            which = "it" if len(back) == 1 else "one"
+            _output.note(f"in the trash; to have {which} back: limpet undelete {back[0]}")
+    return code

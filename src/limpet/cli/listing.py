@@ -32,6 +32,9 @@ def ls(label: _options.Labels = None, json: _options.Json = False, quiet: _optio
     else:
         headers = ("NAME", "STATE", "AGE", "CPUS", "MEMORY", "PORTS", "WORKSPACE")
         _output.table(headers, [_row(info) for info in found])
+        for info in found:
+            if info.error and info.state.value in ("paused", "error"):
+                _output.warn(f"{info.name}: {info.error}")
     return 0
 
 

@@ -14,6 +14,8 @@ from limpet.cli.execs import follow, request, streams
 from limpet.errors import BadRequest, LimpetError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from limpet.client import Client, Sandbox
     from limpet.models import Change
 
@@ -44,6 +46,7 @@ def run(
     idle_suspend: _options.IdleSuspend = None,
     every_exec: _options.EveryExec = False,
     entrypoint: _options.Entrypoint = None,
+    payload: _options.Payloads = None,
     user: _options.User = None,
     workdir: _options.Cwd = None,
     interactive: _options.Interactive = None,
@@ -65,7 +68,8 @@ def run(
         image, cpus, memory, network, label, publish, idle_suspend=idle_suspend, every_exec=every_exec,
         entrypoint=entrypoint,
     )  # fmt: skip
-    spec["ephemeral"] = rm
+    payloads = _parse.payloads(payload or ())
+    spec |= {"ephemeral": rm, "payloads": [one.given for one in payloads]}
     if rm and detach:
         raise BadRequest("--rm and --detach exclude each other", hint="limpet rm removes it later")
     with Client() as client:
@@ -74,6 +78,7 @@ def run(
         box, inside = _sandbox(client, dir, name, no_workspace, sync=sync, quiet=quiet, spec=spec)
         try:
             _publish(box, publish)
+            _attach(box, payloads, quiet=quiet)
             feed, use_tty = (False, bool(tty)) if detach else streams(interactive, tty)
             options = request(env, user, workdir or inside, timeout, use_tty)
             if detach:
@@ -165,6 +170,16 @@ def _publish(box: Sandbox, wanted: list[str] | None) -> None:
         if (host, guest) not in have and not (host == 0 and any(port == guest for _, port in have)):
             mapping = box.ports.publish(guest, host)
             _output.note(f"127.0.0.1:{mapping.host} -> {mapping.guest}")
+
+
+def _attach(box: Sandbox, wanted: Sequence[_parse.Payload], *, quiet: bool) -> None:
+    """The payloads that a sandbox which was there already does not have yet."""
+    have = {one.payload.guest_dir for one in box.payloads.list()} if wanted else set()
+    for one in wanted:
+        if one.guest.rstrip("/") not in have:
+            with Progress(quiet) as progress:
+                made = box.payloads.add(one.host, one.guest, interval=one.interval, on_stage=progress)
+            _output.note(f"{made.payload.host_dir} <- {made.payload.guest_dir}")
 
 
 def _summary(box: Sandbox, *, removed: bool) -> None:

@@ -9,20 +9,27 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from limpet.cli import _boxes, _options, _output, _terminal
+from limpet.cli import _boxes, _options, _output, _parse, _terminal, vaults
 from limpet.cli._progress import Progress
+from limpet.errors import BadRequest
 
 if TYPE_CHECKING:
     from limpet.models import Change
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
+Instant = _options.value_of(_parse.instant)
 Base = Annotated[str | None, typer.Option("--base", metavar="COMMIT", help="Compare with this.  [default: the import]")]
 
 
 @app.command()
 def diff(
     name: _options.OptionalName = None,
+    older: Annotated[str | None, typer.Argument(metavar="GEN1", show_default=False, callback=Instant)] = None,
+    newer: Annotated[
+        str | None,
+        typer.Argument(metavar="GEN2", show_default=False, callback=Instant, help="Default: the newest."),
+    ] = None,
     base: Base = None,
     stat: Annotated[bool, typer.Option("--stat", help="Only lines added and removed by file.")] = False,
     name_only: Annotated[bool, typer.Option("--name-only", help="Only the names of changed files.")] = False,
@@ -31,9 +38,19 @@ def diff(
     """Print what changed in the sandbox since the import, as a patch that `git apply` takes.
 
     Commits, staged, unstaged and untracked changes are all in it. Nothing in the sandbox is touched.
+
+    With GEN1, one line for each path that differs between two generations of the vault (`limpet history NAME`): A, M
+    or D, the path, and sizes before and after. A generation is a number or a time: 2026-01-31T12:00, 10m, 2h ago.
     """
     from limpet.client import Client
 
+    if older is not None:
+        assert name is not None
+        if base is not None or stat or name_only:
+            raise BadRequest("--base, --stat and --name-only are for the patch", hint="leave GEN1 out, or them")
+        newest = None if newer is None else _parse.instant(newer)
+        with Client() as client:
+            return vaults.print_diff(client, name, _parse.instant(older), newest, json=json)
     with Client() as client:
         workspace = _boxes.one(client, name).workspace
         if not (stat or name_only or json):
@@ -118,8 +135,6 @@ def export(
 def _write(target: Path, chunks: object) -> int:
     """All or nothing."""
     from collections.abc import Iterable
-
-    from limpet.errors import BadRequest
 
     assert isinstance(chunks, Iterable)
     partial = target.with_name(f".{target.name}.{os.getpid()}.part")

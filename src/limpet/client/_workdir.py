@@ -34,3 +34,8 @@ def project_root(directory: str | os.PathLike[str], owned: Iterable[str] = ()) -
     if root in (Path("/"), Path(os.path.realpath(Path.home()))):
         raise BadRequest(f"refusing to import all of {root}", hint="go to a project, or name the directory: -w DIR")
     return root
+
+
+def host_path(path: str | os.PathLike[str]) -> str:
+    """Absolute, for the daemon works elsewhere. Links are left to it, which knows what it must be sure of."""
+    return str(Path(path).expanduser().absolute())

@@ -27,9 +27,7 @@ from limpet.models._durability import (
     GenerationInfo,
     PathChange,
     PathVersion,
-    Payload,
     PayloadConfirm,
-    PayloadRequest,
     PayloadStatus,
     RiskReport,
     SyncResult,
@@ -37,7 +35,9 @@ from limpet.models._durability import (
     TrashEntry,
     UndeleteRequest,
     VaultCheck,
+    VaultChecks,
     VaultEntry,
+    VaultListing,
     VaultRestored,
     VaultRestoreRequest,
     VaultUsage,
@@ -57,6 +57,7 @@ from limpet.models._images import (
     TemplateInfo,
     TemplateRequest,
 )
+from limpet.models._payloads import Payload, PayloadRequest
 from limpet.models._sandboxes import (
     CreateRequest,
     KillRequest,
@@ -166,7 +167,9 @@ __all__ = [
     "Unpacked",
     "Usage",
     "VaultCheck",
+    "VaultChecks",
     "VaultEntry",
+    "VaultListing",
     "VaultRestoreRequest",
     "VaultRestored",
     "VaultUsage",

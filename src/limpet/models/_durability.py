@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Annotated, Literal
-
-from pydantic import Field
+from typing import Literal
 
 from limpet.models._base import AnyPath, Model, Request
+from limpet.models._payloads import Payload
 from limpet.models._sandboxes import Sandbox
 
 
@@ -59,6 +58,15 @@ class VaultEntry(Model):
     target: AnyPath | None = None
 
 
+class VaultListing(Model):
+    """What `entry` was in a generation; for a directory, `entries` is what it held, by name."""
+
+    generation: int
+    time: datetime
+    entry: VaultEntry
+    entries: list[VaultEntry] = []
+
+
 class VaultRestoreRequest(Request):
     """POST …/vault/restore. `at`: a generation's number or a time (ISO 8601), the newest when None. `path`: absolute in
     the guest, everything when None. `to`: an absolute directory of this host that is not there yet or empty; None: back
@@ -96,6 +104,12 @@ class VaultCheck(Model):
     seconds: float = 0.0
 
 
+class VaultChecks(Model):
+    """The checks of one vault or of all."""
+
+    checks: list[VaultCheck]
+
+
 class VaultUsage(Model):
     """What a vault takes of the host's disk. `reclaimable`: what the next gc frees."""
 
@@ -116,23 +130,6 @@ class SyncResult(Model):
     time: datetime | None
     new: bool
     seconds: float = 0.0
-
-
-class Payload(Model):
-    """A host directory kept in step with a guest directory. `interval`: the least seconds between two publications."""
-
-    id: str  # pl_…
-    host_dir: str  # absolute, resolved
-    guest_dir: str  # absolute
-    interval: Annotated[float, Field(gt=0, le=3600)] = 1.0
-
-
-class PayloadRequest(Request):
-    """POST …/payloads, and in a CreateRequest."""
-
-    host_dir: str
-    guest_dir: str
-    interval: Annotated[float, Field(gt=0, le=3600)] = 1.0
 
 
 class PayloadConfirm(Request):
@@ -192,9 +189,9 @@ class RiskReport(Model):
 
 
 class TrashEntry(Model):
-    """A sandbox in the trash, under the name that it had."""
+    """A sandbox in the trash, under the name that it had. `generations`: how many its vault holds."""
 
-    id: str
+    id: str  # the sandbox's
     name: str
     removed_at: datetime
     expires_at: datetime

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator
 
 from limpet.models._base import DEFAULT_MEMORY_MIB, DEFAULT_VCPUS, MIN_MEMORY_MIB, EnvMap, Model, Request, check_env
+from limpet.models._payloads import PayloadRequest
 from limpet.models._workspace import WorkspaceInfo
 
 
@@ -76,6 +77,7 @@ class CreateRequest(Request):
     user: str | None = None
     workdir: str | None = None
     entrypoint: list[str] | None = None
+    payloads: list[PayloadRequest] = []
     start: bool = True
 
     _env = field_validator("env")(check_env)

@@ -1,6 +1,6 @@
 """Starting a VM: named steps, each with its undo (VM-6).
 
-    prepare → disks → boot (launch, wait for the agent; retried once) → ports → record
+    preflight → disks → prepare → boot (launch, wait for the agent; retried once) → seed → ports → record
 
 A start boots the kernel, or goes on from a memory image (its *origin*: a template's or a checkpoint's, found to be
 whole), which is renewed before anybody can use it. A boot has a deadline: one that stalls is killed, tried once more,
@@ -17,12 +17,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from limpet import durable, images, log
+from limpet import images, log
 from limpet.crashpoint import crashpoint
 from limpet.errors import DeadlineExceeded, FailedPrecondition, LimpetError, Unavailable
 from limpet.guest import Pong
 from limpet.models import State
-from limpet.services import disks, identity, pipeline, stopping
+from limpet.services import capacity, disks, identity, pipeline, stopping
 from limpet.services.disks import Disks
 from limpet.services.host import Host
 from limpet.services.live import LiveVM
@@ -41,7 +41,6 @@ _BOOT_SECONDS = {"kvm": 10.0, "tcg": 40.0}  # from launch to the agent's first a
 _RESUME_SECONDS = 15.0  # the same from a memory image
 _ATTEMPTS = 2
 _POLL = 0.01  # seconds between two looks at a guest that still mounts its data disk
-_NEEDED_BYTES = 512 << 20  # free space below which nothing is started
 
 T = TypeVar("T")
 _log = log.get("boot")
@@ -65,12 +64,23 @@ class Start:
         self._spec: MachineSpec | None = None
         self._vm: LiveVM | None = None
         self._boot_id = ""
+        self._taken = not record.payloads
+
+    @property
+    def origin_at_fault(self) -> bool:
+        """Whether a failure may be the fault of what it was started from: not before the payloads were taken, nor once
+        the guest has answered."""
+        return self._taken and not self._boot_id
 
     async def run(self, stages: Stages) -> LiveVM:
+        host, payloads = self._host, self._record.payloads
+        preflight = Step("preflight", self._take_payloads, lambda: host.payloads.release(self._record))
         steps = [
+            *([preflight] if payloads else []),
             Step("disks", self._make_disks, self._drop_disks),
             Step("prepare", self._prepare),
             Step("boot", self._resume if self._origin else self._boot, self._down),
+            *([Step("seed", self._attach_payloads)] if payloads or await host.payloads.leftovers(self._record) else []),
             Step("ports", self._publish, self._withdraw),
             Step("record", self._commit),
         ]
@@ -79,8 +89,19 @@ class Start:
         assert self._vm is not None
         return self._vm
 
+    async def _take_payloads(self) -> None:
+        """Before anything is made: what cannot be published to must not be worked on (PAY-9)."""
+        await self._host.payloads.lock(self._record)
+        self._taken = True
+
+    async def _attach_payloads(self) -> None:
+        """Before anybody can use it, so that programs find their files (PAY-1)."""
+        assert self._vm is not None
+        warm = self._origin is not None and self._made is None  # not a template: programs of its own run in it
+        await self._host.payloads.attach(self._vm, self._record, warm=warm)
+
     async def _make_disks(self) -> None:
-        durable.require_space(self._host.paths.data, _NEEDED_BYTES, "starting a sandbox")
+        capacity.require_disk(self._host.paths)
         if self._record.disks is not None:
             return
         crashpoint("start.disks.before")

@@ -13,6 +13,7 @@ from limpet.services.boot import Start
 from limpet.services.disks import Disks
 from limpet.services.host import Host
 from limpet.services.operations import Stages
+from limpet.services.records import hidden
 from limpet.services.sandboxes import Sandboxes
 from limpet.store import SandboxRecord
 from limpet.vmm.memory import MemoryImage
@@ -20,13 +21,15 @@ from limpet.vmm.memory import MemoryImage
 
 @dataclass(frozen=True)
 class Source:
-    """What a clone begins with. The layers must stay reachable until it is made: hold `layers.building`."""
+    """What a clone begins with. The layers must stay reachable until it is made: hold `layers.building`. `vault`: the
+    sandbox whose generations are the clone's too, since its disks hold the same snapshots."""
 
     layers: Mapping[str, str]
     memory: MemoryImage | None
     spec: SandboxSpec
     workspace: WorkspaceInfo | None
     parent: str | None
+    vault: str
 
 
 def spec_of(source: SandboxSpec) -> SandboxSpec:
@@ -53,6 +56,8 @@ async def make(host: Host, sandboxes: Sandboxes, record: SandboxRecord, source: 
     try:
         async with host.locks.lifecycle(record.id, f"create of {record.name}"):
             host.paths.sandbox(record.id).root.mkdir(mode=0o700)
+            if not hidden(record):
+                await host.vaults.copy(source.vault, record.id)
             vm = await Start(host, record, source.memory, layers).run(stages)
             sandboxes.watch(vm)
     except BaseException:

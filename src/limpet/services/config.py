@@ -12,6 +12,7 @@ from limpet.store import Store
 
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 _MOST_POOLED = 50
+_MOST_DAYS = 3650.0
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,21 @@ def _size(text: str) -> int:
     return int(size)
 
 
+def _days(text: str) -> float:
+    days = float(text)
+    if not 0 <= days <= _MOST_DAYS:
+        raise ValueError(f"0 to {_MOST_DAYS:g} days")
+    return days
+
+
 _KEYS = {
     "pool.size": _Key("0", "warm VMs kept ready for `create`: a number, or auto (as many as were wanted lately)",
                       _pool_size),
+    "sync.auto": _Key("on", "bring what sandboxes write to the host at once: on; off: at `limpet sync` and `stop`",
+                      _switch),
     "template.auto": _Key("on", "build a template in the background when a create finds none: on or off", _switch),
     "template.cache": _Key("8G", "bytes that templates may take of the disk; the least recently used go first", _size),
+    "trash.days": _Key("7", "days for which a removed sandbox can be brought back; 0: `rm` deletes at once", _days),
 }  # fmt: skip
 
 
@@ -87,6 +98,11 @@ class Config:
         return _pool_size(self._value("pool.size"))
 
     @property
+    def sync_auto(self) -> bool:
+        """Whether sandboxes are synced by themselves."""
+        return _switch(self._value("sync.auto"))
+
+    @property
     def template_auto(self) -> bool:
         """Whether a template is built when one is missed."""
         return _switch(self._value("template.auto"))
@@ -95,3 +111,8 @@ class Config:
     def template_bytes(self) -> int:
         """How much of the disk templates may take."""
         return _size(self._value("template.cache"))
+
+    @property
+    def trash_days(self) -> float:
+        """How long the trash keeps what was removed."""
+        return _days(self._value("trash.days"))

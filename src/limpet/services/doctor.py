@@ -13,6 +13,7 @@ from limpet.images import upkeep
 from limpet.models import DoctorReport, Row, State
 from limpet.services import garbage
 from limpet.services.host import Host
+from limpet.services.vaults import Vaults
 from limpet.vmm import accel, lock, network
 
 _VERSIONS = {
@@ -26,15 +27,15 @@ _SPACE_FAIL = 2 << 30
 class Doctor:
     """Looks, and with `repair` mends what is safe to mend: leftovers of interrupted work. Never deletes a sandbox."""
 
-    def __init__(self, host: Host) -> None:
-        self._host = host
+    def __init__(self, host: Host, vaults: Vaults) -> None:
+        self._host, self._vaults = host, vaults
         self._paths, self._records, self._live = host.paths, host.records, host.live
 
     async def run(self) -> DoctorReport:
         rows = [*await asyncio.gather(*(_tool(name) for name in _VERSIONS)), _network_tool(), _python()]
         rows += [await _namespaces(), await self._accelerator(), self._space(), self._pieces()]
         rows += [Row(check="daemon", status="PASS", detail=f"limpetd, pid {os.getpid()}, serves {self._paths.data}")]
-        return DoctorReport(rows=[*rows, *self._leftovers()])
+        return DoctorReport(rows=[*rows, *await self._vaults.rows(), *self._leftovers()])
 
     async def repair(self) -> DoctorReport:
         """Sweep what interrupted work left behind, then look again."""

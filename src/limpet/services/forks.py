@@ -73,7 +73,9 @@ class Forks:
                     vm.set_clock_soon()
                 record = host.records.by_id(record.id)
                 spec = facts.applied_to(record.spec)
-                source = Source(instant.frozen, MemoryImage(directory), spec, record.workspace, record.parent)
+                source = Source(
+                    instant.frozen, MemoryImage(directory), spec, record.workspace, record.parent, record.id
+                )
                 outcomes = await self._clones(names, source, stages)
         finally:
             durable.remove_tree(directory)

@@ -9,6 +9,7 @@ from pathlib import Path
 from limpet.crashpoint import crashpoint
 from limpet.errors import FailedPrecondition
 from limpet.services.host import Host
+from limpet.services.records import known_as
 from limpet.vmm.layers import occupied
 
 
@@ -48,6 +49,6 @@ def require_unused(host: Host, checkpoint_id: str) -> None:
     """Raises FailedPrecondition when a suspended sandbox's memory is in this checkpoint."""
     for record in host.records.everything():
         if record.memory == checkpoint_id:
-            raise FailedPrecondition(
-                f"{record.name} is suspended to {checkpoint_id}", hint=f"limpet resume {record.name}"
-            )
+            name = known_as(record)
+            hint = f"limpet trash empty {name}" if record.trash else f"limpet resume {name}"
+            raise FailedPrecondition(f"{name} is suspended to {checkpoint_id}", hint=hint)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from limpet import durable
 from limpet.crashpoint import crashpoint
-from limpet.models import Sandbox
+from limpet.models import Sandbox, State
 from limpet.paths import Paths
 from limpet.services.catalogue import Catalogue
 from limpet.services.config import Config
@@ -14,9 +14,11 @@ from limpet.services.events import Events
 from limpet.services.live import LiveTable
 from limpet.services.locks import Locks
 from limpet.services.operations import Operations
+from limpet.services.payloads import Attachments
 from limpet.services.ports import Ports
 from limpet.services.records import Records
 from limpet.services.templatecache import TemplateCache
+from limpet.services.vaulttable import VaultTable
 from limpet.store import SandboxRecord
 from limpet.vmm.layers import Layers
 
@@ -35,14 +37,18 @@ class Host:
     layers: Layers
     catalogue: Catalogue
     templates: TemplateCache
+    vaults: VaultTable
     config: Config
+    payloads: Attachments
 
     def forget(self, record: SandboxRecord) -> None:
-        """Remove the row and the files of a sandbox that does not run. Its directory (logs, no data) is set aside
-        first, where the next daemon sweeps: a crash leaves a whole sandbox or none, and layers that are collected."""
+        """Remove the row and the files of a sandbox that does not run, and is wanted by nobody any more. Its directory
+        (logs, no data) and its vault are set aside first, where the next daemon sweeps; layers are collected."""
         files = self.paths.sandbox(record.id)
         crashpoint("forget.files.before")
         durable.remove_tree(files.sockets)
+        self.payloads.forget(record)
+        self.vaults.drop(record.id)
         with durable.set_aside(files.root):
             crashpoint("forget.row.before")
             self.records.delete(record.id)
@@ -55,7 +61,7 @@ class Host:
         return Sandbox(
             id=record.id,
             name=record.name,
-            state=record.state,
+            state=State.PAUSED if vm and vm.stall and record.state is State.RUNNING else record.state,
             spec=record.spec,
             created_at=record.created_at,
             started_at=record.started_at,
@@ -65,6 +71,6 @@ class Host:
             isolation=None if accel is None else "hardware" if accel == "kvm" else "emulated",
             workspace=record.workspace,
             ports=self.ports.of(record.id),
-            error=record.error,
+            error=vm.stall.message if vm and vm.stall else record.error,
             pid=vm.machine.pid if vm else None,
         )

@@ -10,20 +10,36 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import AsyncIterator, Iterator
-from typing import Any
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from limpet import durable, log
-from limpet.errors import DeadlineExceeded, FailedPrecondition, LimpetError, Unavailable
+from limpet.crashpoint import crashpoint
+from limpet.errors import DeadlineExceeded, FailedPrecondition, InsufficientSpace, LimpetError, Unavailable
 from limpet.guest import Agent, Channel
 from limpet.paths import SandboxPaths
 from limpet.vmm.death import Death, explain_death
 from limpet.vmm.machine import Machine
 
 REACH_TIMEOUT = 5.0  # seconds to reach the agent of a running VM (VM-2)
+_PATIENCE = 15.0  # seconds that commands and files wait for it: an agent that died is back within a few
 _RETRY = 0.1
 
+T = TypeVar("T")
 _log = log.get("live")
+
+
+@dataclass(frozen=True)
+class Stall:
+    """Why a machine stands still that nobody paused (see diskfull.py). `full`: it goes on when there is space."""
+
+    message: str
+    full: bool
+
+    def error(self) -> LimpetError:
+        kind = InsufficientSpace if self.full else FailedPrecondition
+        return kind(self.message, hint="free some space" if self.full else "limpet resume NAME tries again")
 
 
 class LiveVM:
@@ -37,6 +53,9 @@ class LiveVM:
         self.ended_by_us = False  # a stop or kill is under way: the watcher need not explain the death
         self.watcher: asyncio.Task[None] | None = None
         self.exit_status: int | None = None
+        self.stall: Stall | None = None  # while its machine stands still because of its disk
+        self.stalled = asyncio.Event()  # the same as an event
+        self.disk_watch: asyncio.Task[None] | None = None
         self._busy = 0
         self._idle_since = time.monotonic()
         self._clock: asyncio.Task[None] | None = None
@@ -44,7 +63,10 @@ class LiveVM:
         self._connecting = asyncio.Lock()
 
     async def agent(self, timeout: float = REACH_TIMEOUT) -> Agent:
-        """A connected agent. Raises Unavailable when the guest does not answer within `timeout` seconds."""
+        """A connected agent. Raises Unavailable when the guest does not answer within `timeout` seconds, and at once
+        what is wrong when its machine stands still."""
+        if self.stall is not None:
+            raise self.stall.error()
         if self._agent is not None and not self._agent.channel.closed.is_set():
             return self._agent
         try:
@@ -74,6 +96,40 @@ class LiveVM:
                     raise Unavailable("the VM is not running any more", hint="limpet start NAME") from error
                 await asyncio.sleep(_RETRY)
 
+    async def hang_up(self) -> None:
+        """Close the channel: whoever needs the guest next connects anew."""
+        if self._agent is not None:
+            await self._agent.channel.close()
+
+    def stands_still(self, stall: Stall) -> None:
+        """Its machine has stopped at a write that failed."""
+        self.stall = stall
+        self.stalled.set()
+
+    def goes_on(self) -> None:
+        """Its machine runs, or is paused by whoever wanted it so."""
+        self.stall = None
+        self.stalled.clear()
+
+    async def run(self) -> None:
+        """Let the vCPUs run; what a disk could not take is tried again. Raises when QEMU cannot be asked."""
+        crashpoint("resume.cont.before")
+        await self.machine.qmp("cont", timeout=30)
+        crashpoint("resume.cont.after")
+
+    async def unless_stalled(self, question: Coroutine[Any, Any, T]) -> T:
+        """What the guest answers; raises what is wrong as soon as its machine stands still: it would never answer."""
+        asked, stalled = asyncio.ensure_future(question), asyncio.ensure_future(self.stalled.wait())
+        try:
+            await asyncio.wait((asked, stalled), return_when=asyncio.FIRST_COMPLETED)
+            if not asked.done() and self.stall is not None:
+                raise self.stall.error()
+            return await asked
+        finally:
+            for task in (asked, stalled):
+                task.cancel()
+            await asyncio.gather(asked, stalled, return_exceptions=True)
+
     async def ended(self, timeout: float | None = None) -> bool:
         """Wait until QEMU has ended, at most `timeout` seconds; whether it has."""
         try:
@@ -91,9 +147,10 @@ class LiveVM:
 
     async def close(self) -> None:
         """Let go of the channel; the VM goes on."""
-        if self._clock is not None:
-            self._clock.cancel()
-            await asyncio.gather(self._clock, return_exceptions=True)
+        for task in (self._clock, self.disk_watch):
+            if task is not None:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
         if self._agent is not None:
             await self._agent.channel.close()
             self._agent = None
@@ -171,4 +228,4 @@ class LiveTable:
         """The agent of a running sandbox, counted as in use for the length of the block."""
         vm = self.require(sandbox_id, name)
         with vm.in_use():
-            yield await vm.agent()
+            yield await vm.agent(_PATIENCE)

@@ -10,6 +10,7 @@ starting         adopt, renewed; end it if it does not        → stopped
                    answer
 starting from    the same, then suspended                    → suspended: the checkpoint is used up only when
   a suspend                                                    the sandbox runs
+trashed          stays                                       stays; a deletion that was cut off is finished
 (no row)         reported by doctor                          reported by doctor, never deleted
 
 A migration that an earlier daemon began is called off; layers and checkpoints that nothing needs are removed.
@@ -28,7 +29,7 @@ from limpet.errors import LimpetError
 from limpet.images import upkeep
 from limpet.models import State
 from limpet.paths import SandboxPaths
-from limpet.services import garbage, identity, instants
+from limpet.services import garbage, identity, instants, trash
 from limpet.services.host import Host
 from limpet.services.identity import machine_uuid
 from limpet.services.live import LiveVM, load_handles
@@ -51,7 +52,9 @@ async def reconcile(host: Host, sandboxes: Sandboxes) -> None:
         durable.sweep(directory)
     durable.sweep(host.paths.templates, age=_TEMPLATE_S)
     upkeep.sweep(host.paths)
+    host.vaults.sweep()
     host.catalogue.load()
+    host.payloads.settle(host.records.everything())
     crashpoint("reconcile.sweep.after")
     await asyncio.gather(*(_one(host, sandboxes, record) for record in host.records.everything()))
     crashpoint("reconcile.records.after")
@@ -62,6 +65,8 @@ async def reconcile(host: Host, sandboxes: Sandboxes) -> None:
 
 async def _one(host: Host, sandboxes: Sandboxes, record: SandboxRecord) -> None:
     try:
+        if record.trash is not None:  # whole, and nobody's business until it is undeleted or too old
+            return
         record = _adopt_disks(host, record)
         if record.state is State.CREATING or hidden(record):
             await _forget_unfinished(host, record)
@@ -102,6 +107,7 @@ async def _adopt(host: Host, sandboxes: Sandboxes, record: SandboxRecord) -> Non
         except LimpetError as error:
             host.events.emit("port.lost", sandbox=record, host=mapping.host, reason=error.message)
     vm.save_handles()
+    await host.payloads.adopt(vm, record)
     host.records.update(record.id, state=State.PAUSED if paused else State.RUNNING, error=None, memory=None)
     crashpoint("reconcile.adopt.after")
     sandboxes.watch(vm)
@@ -145,6 +151,7 @@ async def _demote(host: Host, sandboxes: Sandboxes, record: SandboxRecord, why: 
     files = host.paths.sandbox(record.id)
     crashpoint("reconcile.demote.before")
     await end_leftovers(load_handles(files), files.lock)
+    await host.payloads.release(record)
     crashpoint("reconcile.demote.after")
     durable.remove_tree(files.sockets)
     for leftover in (files.handles, files.intake):
@@ -154,6 +161,7 @@ async def _demote(host: Host, sandboxes: Sandboxes, record: SandboxRecord, why: 
     host.records.update(record.id, state=state, error=why, boot_id=None)
     host.events.emit("sandbox.died", sandbox=record, reason=why)
     if record.spec.ephemeral:
+        trash.doom(host, record)
         host.forget(record)
 
 
@@ -162,6 +170,7 @@ async def _end_suspended(host: Host, record: SandboxRecord) -> None:
     files = host.paths.sandbox(record.id)
     crashpoint("reconcile.suspended.before")
     await end_leftovers(load_handles(files), files.lock)
+    await host.payloads.release(record)
     crashpoint("reconcile.suspended.after")
     for leftover in (files.handles, files.intake):
         leftover.unlink(missing_ok=True)

@@ -40,9 +40,9 @@ class Restoring:
         return self._in_place(record, checkpoint, disk_only=request.disk_only)
 
     def _find(self, name: str, reference: str) -> Checkpoint:
-        """A checkpoint of this sandbox; also of one that is gone, by its id."""
+        """A checkpoint of this sandbox, or of one in the trash; also of one that is gone, by its id."""
         try:
-            return self._host.catalogue.find(reference, self._host.records.by_name(name).id)
+            return self._host.catalogue.find(reference, self._host.records.find_any(name).id)
         except NotFound:
             found = self._host.catalogue.find(reference)
             if found.info.sandbox != name:
@@ -135,8 +135,9 @@ class Restoring:
             memory = await origins.of(self._host, checkpoint, disk_only=disk_only)
         info = checkpoint.info
         source = clones.Source(
-            checkpoint.manifest.layer_ids(), memory, origins.spec(checkpoint, memory), info.workspace, info.id
-        )
+            checkpoint.manifest.layer_ids(), memory, origins.spec(checkpoint, memory), info.workspace, info.id,
+            info.sandbox_id,
+        )  # fmt: skip
         record = clones.reserve(self._host, name, source)
         await clones.make(self._host, self._sandboxes, record, source, stages)
         return self._host.records.by_id(record.id)

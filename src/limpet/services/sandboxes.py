@@ -8,7 +8,7 @@
                                                 ▼            │ died: error tells why │ │ start
                                              stopped         └───────► error ────────┘ ▼
                                                                          └──────► starting
-        stopped | suspended | error ── rm ──► (none)
+        stopped | suspended | error ── rm ──► trashed ── undelete ──► as before (trash.py)
         running ⇄ paused, running ⇄ suspended: standing.py
 
 Every change of state happens under the sandbox's lifecycle lock. Verbs return an operation at once; its stages are
@@ -19,19 +19,19 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Literal
 
 from limpet import images, log
 from limpet.crashpoint import crashpoint
-from limpet.errors import BadRequest, FailedPrecondition
+from limpet.errors import BadRequest, FailedPrecondition, LimpetError
 from limpet.models import (
     CreateRequest,
     KillRequest,
     Operation,
     Sandbox,
-    SandboxSpec,
     SetRequest,
     SetResult,
     State,
@@ -39,23 +39,28 @@ from limpet.models import (
     StopResult,
 )
 from limpet.names import check_name, new_id, random_name
-from limpet.services import garbage, stopping
+from limpet.services import capacity, stopping, trash
+from limpet.services.diskfull import DiskWatch
 from limpet.services.host import Host
 from limpet.services.live import LiveVM
 from limpet.services.operations import Stages
 from limpet.services.pool import Pool
-from limpet.services.records import checked_spec
+from limpet.services.records import changed_spec, checked_spec
 from limpet.services.starting import Starter
+from limpet.services.syncing import Syncing
 from limpet.store import SandboxRecord
 
+_LEAST_PUBLISH_S = 2.0  # for the last publication to host directories
+_LAST_S = 15.0  # for a sandbox that is removed while it runs to bring its data to the disks
 _log = log.get("sandboxes")
 
 
 class Sandboxes:
     """create, start, stop, restart, kill, set, remove: and watching over those that run."""
 
-    def __init__(self, host: Host, starter: Starter, pool: Pool) -> None:
-        self._host, self._starter, self._pool = host, starter, pool
+    def __init__(self, host: Host, starter: Starter, pool: Pool, syncing: Syncing) -> None:
+        self._host, self._starter, self._pool, self._syncing = host, starter, pool, syncing
+        self._disks = DiskWatch(host)
 
     # ── reading ──────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -74,11 +79,14 @@ class Sandboxes:
     async def create(self, request: CreateRequest) -> Operation:
         """Validate, reserve the name, then boot in the background (VM-13). A failed create leaves no trace."""
         image = images.find_image(self._host.paths, request.image)
-        asked = request.model_dump(exclude={"name", "start"}, exclude_unset=True)
+        asked = request.model_dump(exclude={"name", "start", "payloads"}, exclude_unset=True)
         spec = checked_spec({**image.info.spec, **asked, "env": {**image.info.spec.get("env", {}), **request.env}})
         name = check_name(request.name) if request.name else self._free_name()
-        pooled = await self._pool.claim(name, spec) if request.start else None
-        record = pooled or SandboxRecord(new_id("sb"), name, State.CREATING, spec, datetime.now(UTC))
+        payloads = self._host.payloads.checked(request.payloads)
+        pooled = await self._pool.claim(name, spec) if request.start and not payloads else None
+        if request.start and pooled is None:
+            capacity.admit(self._host.paths, spec)
+        record = pooled or SandboxRecord(new_id("sb"), name, State.CREATING, spec, datetime.now(UTC), payloads=payloads)
         if pooled is None:
             self._host.records.insert(record)
 
@@ -132,7 +140,10 @@ class Sandboxes:
         if (vm := self._host.live.get(sandbox_id)) is not None:
             if record.state is State.PAUSED:
                 await self._go_on(record, vm)
+            elif vm.stall is not None:
+                await self._disks.go_on(record, vm)
             return
+        capacity.admit(self._host.paths, record.spec)
         self._host.records.update(sandbox_id, state=State.STARTING)
         try:
             await self._boot(record, stages)
@@ -143,10 +154,9 @@ class Sandboxes:
 
     async def _go_on(self, record: SandboxRecord, vm: LiveVM) -> None:
         """From a pause: the vCPUs run, the clock is right again."""
-        crashpoint("resume.cont.before")
-        await vm.machine.qmp("cont", timeout=30)
-        crashpoint("resume.cont.after")
+        await vm.run()
         self._host.records.update(record.id, state=State.RUNNING)
+        self._syncing.go_on(record.id)
         await (await vm.agent()).check_clock()
         self._host.events.emit("sandbox.resumed", sandbox=record)
 
@@ -174,10 +184,14 @@ class Sandboxes:
         self._host.records.update(record.id, state=State.STOPPING)
         try:
             crashpoint("stop.flush.before")
-            result = await stopping.stop(vm, record.name, force=request.force, timeout=request.timeout)
+            result = await stopping.stop(
+                vm, record.name, force=request.force, timeout=request.timeout, final=self._last_sync
+            )
         except BaseException:
             if vm.machine.alive():
                 self._host.records.update(record.id, state=State.RUNNING)
+                self._syncing.go_on(record.id)
+                self._host.payloads.go_on(record.id)
             raise
         crashpoint("stop.off.after")
         await self._ended(vm, record, State.STOPPED, None)
@@ -185,6 +199,14 @@ class Sandboxes:
             "sandbox.stopped", sandbox=record, rung=result.rung, durability=result.durability, seconds=result.seconds
         )
         return result
+
+    async def _last_sync(self, vm: LiveVM, timeout: float) -> tuple[int | None, str | None]:
+        """To the vault, and from there to the host directories of payloads (PAY-7)."""
+        began = time.monotonic()
+        generation, problem = await self._syncing.final(vm, timeout)
+        left = max(timeout - (time.monotonic() - began), _LEAST_PUBLISH_S)
+        unpublished = await self._host.payloads.final(vm.sandbox_id, left)
+        return generation, "; ".join(reason for reason in (problem, unpublished) if reason) or None
 
     async def restart(self, name: str, request: StopRequest) -> Operation:
         record = self._host.records.by_name(name)
@@ -231,7 +253,7 @@ class Sandboxes:
         record = self._host.records.by_name(name)
         async with self._host.locks.lifecycle(record.id, "set"):
             record = self._host.records.by_id(record.id)
-            spec, now, later = _changed(record.spec, request)
+            spec, now, later = changed_spec(record.spec, request)
             if request.name and request.name != record.name:
                 check_name(request.name)
                 now.append("name")
@@ -247,27 +269,44 @@ class Sandboxes:
             self._host.events.emit("sandbox.changed", sandbox=changed, applied=now, at_next_start=later)
             return SetResult(sandbox=self._host.view(changed), applied=now, at_next_start=later)
 
-    async def remove(self, name: str, force: bool) -> Operation:
-        """Remove a sandbox and everything of it. A running one only with `force`, after a bounded stop."""
+    async def remove(self, name: str, force: bool, purge: bool = False) -> Operation:
+        """Move a sandbox to the trash; with `purge`, and when it is ephemeral, delete it for good. A running one only
+        with `force`, after a bounded stop."""
         record = self._host.records.by_name(name)
         if self._host.live.get(record.id) is not None and not force:
             raise FailedPrecondition(f"{name} is running", hint=f"limpet stop {name}, or limpet rm --force {name}")
+        for_good = purge or record.spec.ephemeral or self._host.config.trash_days == 0
 
         async def work(stages: Stages) -> dict[str, Any]:
             async with self._host.locks.lifecycle(record.id, "remove"), stages.run("remove"):
-                await self.end_now(record)
-                await self._forget(record)
+                await self._remove(self._host.records.by_id(record.id), for_good)
             return {}
 
         return self._host.operations.start("remove", name, work)
 
-    async def _forget(self, record: SandboxRecord, **why: str) -> None:
-        """Remove the row, the files, the checkpoints, and the layers that only they needed."""
-        self._host.forget(record)
-        crashpoint("rm.checkpoints.before")
-        for checkpoint in self._host.catalogue.of(record.id):
-            await asyncio.to_thread(self._host.catalogue.forget, checkpoint.info.id)
-        await garbage.collect(self._host)
+    async def _remove(self, record: SandboxRecord, for_good: bool) -> None:
+        if for_good and not record.payloads:
+            await self.end_now(record)
+        else:
+            await self._end_gently(record)
+        if (ended := self._host.records.find(record.id)) is None:
+            return  # an ephemeral one went with its VM
+        if for_good:
+            await self._purge(ended)
+        else:
+            trash.put(self._host, ended)
+
+    async def _end_gently(self, record: SandboxRecord) -> None:
+        """What comes out of the trash, and what payloads leave on the host, has everything that was written, if the
+        guest still answers."""
+        try:
+            await self.stop_now(record, StopRequest(force=True, timeout=_LAST_S))
+        except LimpetError as error:
+            _log.warning("not stopped gently", sandbox=record.name, reason=error.message)
+            await self.end_now(record)
+
+    async def _purge(self, record: SandboxRecord, **why: str) -> None:
+        await trash.purge(self._host, record)
         self._host.events.emit("sandbox.removed", sandbox=record, **why)
 
     async def end_now(self, record: SandboxRecord, state: State = State.STOPPED) -> None:
@@ -281,8 +320,13 @@ class Sandboxes:
     # ── watching ─────────────────────────────────────────────────────────────────────────────────────────────────
 
     def watch(self, vm: LiveVM) -> None:
-        """Notice when this VM ends by itself, or by us when what was to follow failed."""
+        """Notice when this VM ends by itself, or by us when what was to follow failed; and when it stands still. Bring
+        what it writes to the host meanwhile."""
+        self._disks.watch(vm)
         vm.watcher = asyncio.create_task(self._watch(vm), name=f"watch {vm.sandbox_id}")
+        self._syncing.join(vm)
+        if (record := self._host.records.find(vm.sandbox_id)) is not None:
+            self._host.payloads.begin(record)
 
     async def _watch(self, vm: LiveVM) -> None:
         await vm.ended()
@@ -308,6 +352,8 @@ class Sandboxes:
     ) -> None:
         """Clear away what belonged to a VM that is gone. An ephemeral sandbox goes with it, unless `keep`."""
         self._host.live.drop(record.id)
+        await self._syncing.leave(record.id)
+        await self._host.payloads.release(self._host.records.by_id(record.id))
         await self._host.ports.withdraw(record.id)
         await vm.close()
         await vm.machine.close()
@@ -316,31 +362,7 @@ class Sandboxes:
         crashpoint("end.record.before")
         self._host.records.update(record.id, state=state, error=error, boot_id=None)
         if record.spec.ephemeral and not keep:
-            await self._forget(record, why="ephemeral")
-
-
-def _changed(spec: SandboxSpec, request: SetRequest) -> tuple[SandboxSpec, list[str], list[str]]:
-    """The new spec, and which fields are in force now and at the next start."""
-    fields = spec.model_dump()
-    now: list[str] = []
-    later: list[str] = []
-    for key in ("vcpus", "memory_mib"):
-        if (value := getattr(request, key)) is not None and value != fields[key]:
-            fields[key] = value
-            later.append(key)
-    for key in ("ttl", "idle_timeout", "idle_suspend", "user", "workdir"):
-        if (value := getattr(request, key)) is not None:
-            fields[key] = value or None
-            now.append(key)
-    if request.every_exec is not None:
-        fields["every_exec"] = request.every_exec
-        now.append("every_exec")
-    for key in ("env", "labels"):
-        if (changes := getattr(request, key)) is not None:
-            merged = {**fields[key], **changes}
-            fields[key] = {k: v for k, v in merged.items() if v is not None}
-            now.append(key)
-    return checked_spec(fields), now, later
+            await self._purge(record, why="ephemeral")
 
 
 def _signal_number(name: str) -> int:

@@ -15,16 +15,20 @@ from limpet.crashpoint import crashpoint
 from limpet.errors import FailedPrecondition, LimpetError
 from limpet.models import Operation, Sandbox, State
 from limpet.services import checkpointing
+from limpet.services.catalogue import Checkpoint
 from limpet.services.host import Host
 from limpet.services.live import LiveVM
 from limpet.services.operations import Stages
 from limpet.services.sandboxes import Sandboxes
+from limpet.services.syncing import Syncing
 from limpet.store import SandboxRecord
+
+_SYNC_S = 5.0  # seconds for a last sync before a suspend
 
 
 class Standing:
-    def __init__(self, host: Host, sandboxes: Sandboxes) -> None:
-        self._host, self._sandboxes = host, sandboxes
+    def __init__(self, host: Host, sandboxes: Sandboxes, syncing: Syncing) -> None:
+        self._host, self._sandboxes, self._syncing = host, sandboxes, syncing
 
     async def pause(self, name: str) -> Operation:
         """Stop the vCPUs. Nothing happens when they stand still already."""
@@ -34,18 +38,22 @@ class Standing:
             async with self._host.locks.lifecycle(record.id, "pause"), stages.run("pause"):
                 vm = self._host.live.require(record.id, name)
                 if self._host.records.by_id(record.id).state is not State.PAUSED:
-                    crashpoint("pause.stop.before")
-                    await vm.machine.qmp("stop")
-                    try:
-                        crashpoint("pause.stop.after")
-                        changed = self._host.records.update(record.id, state=State.PAUSED)
-                    except BaseException:
-                        await vm.machine.qmp("cont", timeout=30)
-                        raise
+                    async with self._syncing.held(record.id):
+                        changed = await self._pause(record, vm)
                     self._host.events.emit("sandbox.paused", sandbox=changed)
             return self._view(record)
 
         return self._host.operations.start("pause", name, work)
+
+    async def _pause(self, record: SandboxRecord, vm: LiveVM) -> SandboxRecord:
+        crashpoint("pause.stop.before")
+        await vm.machine.qmp("stop")
+        try:
+            crashpoint("pause.stop.after")
+            return self._host.records.update(record.id, state=State.PAUSED)
+        except BaseException:
+            await vm.machine.qmp("cont", timeout=30)
+            raise
 
     async def resume(self, name: str) -> Operation:
         """Go on, from a pause or from a suspend. Raises FailedPrecondition for a sandbox that was stopped."""
@@ -81,17 +89,24 @@ class Standing:
         if record.spec.ephemeral:
             raise FailedPrecondition(f"{record.name} is ephemeral: it ends with its VM", hint="create it without --rm")
         async with stages.run("suspend"):
-            await vm.machine.qmp("stop")  # nothing may change between the memory image and the end of the process
-            try:
-                checkpoint = await checkpointing.make(self._host, record, made_by="suspend")
-                crashpoint("suspend.record.before")
-                self._host.records.update(record.id, memory=checkpoint.info.id, state=State.SUSPENDED)
-                crashpoint("suspend.record.after")
-                await self._sandboxes.end_now(record, State.SUSPENDED)
-            except BaseException:
-                await self._stay(record, vm)
-                raise
+            if record.state is State.RUNNING:
+                await self._syncing.final(vm, _SYNC_S)  # as far as it can be: all of it is in the memory image too
+            async with self._syncing.held(record.id):
+                checkpoint = await self._end_in_checkpoint(record, vm)
         self._host.events.emit("sandbox.suspended", sandbox=record, checkpoint=checkpoint.info.id)
+
+    async def _end_in_checkpoint(self, record: SandboxRecord, vm: LiveVM) -> Checkpoint:
+        await vm.machine.qmp("stop")  # nothing may change between the memory image and the end of the process
+        try:
+            checkpoint = await checkpointing.make(self._host, record, made_by="suspend")
+            crashpoint("suspend.record.before")
+            self._host.records.update(record.id, memory=checkpoint.info.id, state=State.SUSPENDED)
+            crashpoint("suspend.record.after")
+            await self._sandboxes.end_now(record, State.SUSPENDED)
+        except BaseException:
+            await self._stay(record, vm)
+            raise
+        return checkpoint
 
     async def _stay(self, record: SandboxRecord, vm: LiveVM) -> None:
         """After a suspend that failed: if its VM is still there, it goes on as it was."""

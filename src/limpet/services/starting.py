@@ -47,11 +47,12 @@ class Starter:
     async def _first(self, record: SandboxRecord, stages: Stages) -> LiveVM:
         template = await self._templates.find(record.spec)
         if template is not None:
+            start = self._on_template(record, template)
             try:
-                return await self.from_template(record, template, stages)
-            except InsufficientSpace:  # no fault of the template's, and no boot would do better
-                raise
+                return await start.run(stages)
             except LimpetError as error:
+                if not start.origin_at_fault or isinstance(error, InsufficientSpace):
+                    raise  # no boot would do better
                 self._templates.distrust(template.key, error.message)
                 record = self._host.records.by_id(record.id)
         vm = await Start(self._host, record).run(stages)
@@ -60,11 +61,13 @@ class Starter:
 
     async def from_template(self, record: SandboxRecord, template: Template, stages: Stages) -> LiveVM:
         """Go on from a template, as this sandbox."""
+        return await self._on_template(record, template).run(stages)
 
+    def _on_template(self, record: SandboxRecord, template: Template) -> Start:
         async def layers() -> Disks:
             return await disks.on(self._host, template.layers)
 
-        return await Start(self._host, record, template.memory, layers).run(stages)
+        return Start(self._host, record, template.memory, layers)
 
     async def _resume(self, record: SandboxRecord, checkpoint_id: str, stages: Stages) -> LiveVM:
         """On new layers, so that the checkpoint stays whole until the sandbox runs."""

@@ -1,7 +1,8 @@
 """The stop ladder: the guest's data is made durable before anything is done to its VM (VM-1, VM-2).
 
-    flush ──► poweroff ──► wait ──► QMP quit ──► SIGTERM ──► SIGKILL
-      │          └ clean              └ synced when flushed, else killed …
+    flush ──► final sync ──► poweroff ──► wait ──► QMP quit ──► SIGTERM ──► SIGKILL
+      │          │              └ clean              └ synced when flushed, else killed …
+      │          └ fails: told in the answer; everything is on the disks, which stay
       └ cannot be confirmed: the VM is left running, unless forced
 
 Every rung is bounded; together they take at most the time-out given plus a few seconds for the last rungs.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Awaitable, Callable
 from typing import Literal
 
 from limpet import log
@@ -19,7 +21,10 @@ from limpet.models import StopResult
 from limpet.services.live import REACH_TIMEOUT, LiveVM
 
 _RUNG_SECONDS = 3.0  # for QMP quit and SIGTERM each
-_RESERVED = 6.0  # of the whole time-out is kept for the rungs after the flush
+_RESERVED = 6.0  # of the whole time-out is kept for the rungs after flush and final sync
+_LEAST_FINAL = 1.0  # seconds for the final sync of a guest that was flushed
+
+Final = Callable[[LiveVM, float], Awaitable[tuple[int | None, str | None]]]
 
 _log = log.get("stop")
 
@@ -29,20 +34,24 @@ AT_RISK = (
 )
 
 
-async def stop(vm: LiveVM, name: str, *, force: bool, timeout: float) -> StopResult:
+async def stop(vm: LiveVM, name: str, *, force: bool, timeout: float, final: Final) -> StopResult:
     """Bring a VM down, gently first. Raises Unavailable or DeadlineExceeded, with the VM still running, when the
-    guest's data cannot be flushed and `force` is not set. `timeout` is in seconds and bounds the whole stop."""
+    guest's data cannot be flushed and `force` is not set. `timeout` is in seconds and bounds the whole stop. `final`
+    brings the flushed data to the vault within so many seconds: the newest generation, and what prevented it."""
     began = time.monotonic()
     deadline = began + timeout
     flushed = await _flush(vm, name, force, timeout)
+    left = max(deadline - time.monotonic() - _RESERVED, _LEAST_FINAL) if flushed else 0.0
+    generation, problem = await final(vm, left)
     vm.ended_by_us = True
     powered_off = flushed and await _power_off(vm, deadline)
     rung: Literal["poweroff", "quit", "sigterm", "sigkill"] = "poweroff" if powered_off else await force_down(vm)
     durability: Literal["clean", "synced", "killed"] = "clean" if powered_off else "synced" if flushed else "killed"
     at_risk = [] if powered_off else ["writes made after the flush by programs that went on"] if flushed else [*AT_RISK]
     return StopResult(
-        name=name, rung=rung, durability=durability, at_risk=at_risk, seconds=round(time.monotonic() - began, 3)
-    )
+        name=name, rung=rung, durability=durability, at_risk=at_risk, seconds=round(time.monotonic() - began, 3),
+        generation=generation, sync=problem,
+    )  # fmt: skip
 
 
 async def _flush(vm: LiveVM, name: str, force: bool, timeout: float) -> bool:
@@ -50,7 +59,7 @@ async def _flush(vm: LiveVM, name: str, force: bool, timeout: float) -> bool:
     try:
         async with asyncio.timeout(max(timeout - _RESERVED, timeout / 2)):
             agent = await vm.agent(min(REACH_TIMEOUT, timeout / 2))
-            await agent.sync()
+            await vm.unless_stalled(agent.sync())
             return True
     except (LimpetError, TimeoutError) as error:
         reason = error.message if isinstance(error, LimpetError) else "it did not finish writing in time"
@@ -58,9 +67,10 @@ async def _flush(vm: LiveVM, name: str, force: bool, timeout: float) -> bool:
         if force:
             return False
         kind = DeadlineExceeded if isinstance(error, TimeoutError) else Unavailable
+        first = "free some space, and it goes on by itself; " if vm.stall and vm.stall.full else ""
         raise kind(
             f"{name} was left running: its data could not be flushed ({reason})",
-            hint=f"`limpet stop --force {name}` goes on; at risk are " + " and ".join(AT_RISK),
+            hint=f"{first}`limpet stop --force {name}` goes on; at risk are " + " and ".join(AT_RISK),
         ) from None
 
 

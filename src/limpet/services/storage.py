@@ -14,6 +14,7 @@ from limpet.services import garbage
 from limpet.services.catalogue import size_of
 from limpet.services.host import Host
 from limpet.services.operations import Stages
+from limpet.services.records import known_as
 from limpet.services.templates import Templates
 from limpet.store import SandboxRecord
 from limpet.vmm.layers import occupied
@@ -28,7 +29,8 @@ class Storage:
 
     async def usage(self) -> DiskUsage:
         """Every byte under data and cache, by kind; a layer that several need is counted once, for the first of
-        sandboxes, checkpoints and templates that needs it."""
+        sandboxes, checkpoints, templates and the trash that needs it. The trash's checkpoints and vaults are counted
+        with the others."""
         stale = {info.key for info in await self._templates.list() if not info.current}
         records, roots, users = self._host.records.everything(), list(garbage.roots(self._host)), self.image_users()
         rows = await asyncio.to_thread(self._rows, stale, records, roots, users)
@@ -58,13 +60,16 @@ class Storage:
         image_bytes = take(_tree(paths.images.resolve()))
         names = images.list_images(paths)
         of_images = upkeep.prune(paths, users, tagged=True, keep=_KEEP, dry_run=True)[1]
-        sandboxes = take(_tree(paths.sandboxes))
-        for record in records:
-            sandboxes += take(self._layers((record.disks or {}).values()))
+        removed = [record for record in records if record.trash]
+        kept = [record for record in records if not record.trash]
+        trash = sum(take(_tree(paths.sandbox(record.id).root)) for record in removed)
+        sandboxes = take(_tree(paths.sandboxes)) + sum(take(self._disks(record)) for record in kept)
         checkpoints = take(_tree(paths.checkpoints)) + take(self._layers(host.catalogue.roots()))
         known = host.templates.all()
         old = sum(size_of(template.directory) for template in known if template.key in stale)
         templates = take(_tree(paths.templates)) + take(self._layers(host.templates.roots()))
+        trash += sum(take(self._disks(record)) for record in removed)
+        vaults = take(_tree(paths.vaults))
         rest = take(iter(doomed)) + take(_tree(paths.data)) + take(_tree(paths.cache))
         live = len(host.live)
         return [
@@ -72,12 +77,16 @@ class Storage:
                   size=image_bytes, reclaimable=of_images),
             Usage(kind="templates", count=len(known), active=len(known) - len(stale), size=templates, reclaimable=old),
             Usage(kind="checkpoints", count=len(host.catalogue.all()), active=0, size=checkpoints, reclaimable=0),
-            Usage(kind="sandboxes", count=len(records), active=live, size=sandboxes, reclaimable=0),
+            Usage(kind="sandboxes", count=len(kept), active=live, size=sandboxes, reclaimable=0),
             Usage(kind="artifacts", count=4, active=4, size=artifacts, reclaimable=0),
-            Usage(kind="trash", count=0, active=0, size=0, reclaimable=0),
-            Usage(kind="vaults", count=0, active=0, size=0, reclaimable=0),
+            Usage(kind="trash", count=len(removed), active=0, size=trash, reclaimable=0),
+            Usage(kind="vaults", count=sum(1 for _ in paths.vaults.glob("sb_*")), active=live, size=vaults,
+                  reclaimable=0),
             Usage(kind="other", count=len(doomed), active=0, size=rest, reclaimable=waste),
         ]  # fmt: skip
+
+    def _disks(self, record: SandboxRecord) -> Iterator[Path]:
+        return self._layers((record.disks or {}).values())
 
     def _layers(self, tops: Iterable[str]) -> Iterator[Path]:
         for top in tops:
@@ -90,7 +99,7 @@ class Storage:
         ids of checkpoints and keys of templates. It may be called in a thread."""
         host = self._host
         tops: list[tuple[str, list[str]]] = [
-            *((record.name, list((record.disks or {}).values())) for record in host.records.everything()),
+            *((known_as(record), list((record.disks or {}).values())) for record in host.records.everything()),
             *((known.info.id, list(known.manifest.layer_ids().values())) for known in host.catalogue.all()),
             *((f"template {known.key}", list(known.layers.values())) for known in host.templates.all()),
         ]

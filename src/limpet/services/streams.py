@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from limpet.models import ExecInfo, FileInfo
+from limpet.models import ExecInfo, FileInfo, VaultEntry
 
 Lane = Literal[1, 2]  # as on the wire of the exec web socket
 STDOUT: Lane = 1
@@ -89,4 +89,13 @@ class PatchBody:
     """A binary patch against the commit `base`."""
 
     base: str
+    chunks: AsyncIterator[bytes]
+
+
+@dataclass(frozen=True)
+class VaultFile:
+    """A regular file of a generation. `chunks` must be closed (`aclose`) when given up."""
+
+    generation: int
+    entry: VaultEntry
     chunks: AsyncIterator[bytes]

@@ -1,5 +1,5 @@
 """What happens by the clock: time-outs of sandboxes (VM-16), the bounds of console logs, the database's copy, guests'
-clocks, chains of layers.
+clocks, chains of layers, vaults, the trash.
 
 A time-out belongs to one incarnation: it is looked up in the live VM, so it can never fire at a later one of the same
 name. It stops safely, as `limpet stop` does, or suspends, and never deletes.
@@ -22,6 +22,9 @@ from limpet.services.operations import Stages
 from limpet.services.records import hidden
 from limpet.services.sandboxes import Sandboxes
 from limpet.services.standing import Standing
+from limpet.services.syncing import Syncing
+from limpet.services.trash import Trash
+from limpet.services.vaults import Vaults
 from limpet.store import back_up
 from limpet.vmm.logs import trim_log
 
@@ -36,10 +39,10 @@ _AGENT_S = 2.0
 _log = log.get("timers")
 
 
-async def run(host: Host, sandboxes: Sandboxes, standing: Standing) -> None:
+async def run(host: Host, sandboxes: Sandboxes, standing: Standing, syncing: Syncing, vaults: Vaults) -> None:
     """Look around every few seconds, for ever; copy the database once a day."""
     copied = -math.inf
-    clocks, folding = Clocks(), chains.Folding(host)
+    clocks, folding, trash = Clocks(), chains.Folding(host), Trash(host)
     await asyncio.gather(*(_go_on(host, vm) for vm in host.live))
     while True:
         if time.monotonic() - copied > _DAY:
@@ -56,6 +59,9 @@ async def run(host: Host, sandboxes: Sandboxes, standing: Standing) -> None:
         if clocks.due():
             await asyncio.gather(*(_set_clock(host, vm) for vm in host.live))
         folding.look()
+        syncing.look()
+        vaults.look()
+        await trash.look()
 
 
 class Clocks:
@@ -111,6 +117,8 @@ def due(vm: LiveVM, spec: SandboxSpec, now: float) -> str | None:
 async def _expire(host: Host, sandboxes: Sandboxes, standing: Standing, vm: LiveVM) -> None:
     record = host.records.find(vm.sandbox_id)
     if record is None or hidden(record) or (why := due(vm, record.spec, time.monotonic())) is None:
+        return
+    if vm.stall is not None:  # it could not bring its data to the disk
         return
     with log.operation():
         async with host.locks.lifecycle(record.id, f"{why} time-out"):

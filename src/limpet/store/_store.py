@@ -98,7 +98,7 @@ class Store:
         """Raises NotFound with the nearest name that exists."""
         row = self._one(f"SELECT {_SANDBOX} FROM sandboxes WHERE name = ?", name)
         if row is None:
-            known = [str(found) for (found,) in self._db.execute("SELECT name FROM sandboxes")]
+            known = [str(found) for (found,) in self._db.execute("SELECT name FROM sandboxes WHERE name NOT LIKE '+%'")]
             raise NotFound(f"no sandbox named {name!r}", hint=nearest(name, known) or "see `limpet ls`")
         return _records.sandbox(row)
 

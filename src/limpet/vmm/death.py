@@ -20,6 +20,7 @@ _START = "--- limpet: machine started"  # a line in both logs, so that an old bo
 _TAIL_BYTES = 16 << 10
 _FULL_BELOW = 16 << 20  # bytes free where a write of QEMU's may just have failed
 _KERNEL_LOG = Path("/dev/kmsg")  # printk records, one per read (Documentation/ABI/testing/dev-kmsg)
+_IN_VAULT = "what was written in it is in its vault: limpet restore NAME --to DIR"
 
 # What QEMU says on stderr when it gives up → what that means. The first match counts.
 _REFUSALS: tuple[tuple[str, type[LimpetError], str, str | None], ...] = (
@@ -31,10 +32,10 @@ _REFUSALS: tuple[tuple[str, type[LimpetError], str, str | None], ...] = (
      "the host has not enough memory for this sandbox", "give it less: limpet set NAME --memory SIZE"),
     (r"No space left on device", InsufficientSpace, "the host's disk is full", "free some space"),
     (r"Could not open '?(?P<path>[^':]+)'?: No such file", FailedPrecondition,
-     "a disk of this sandbox is missing: {path}", None),
+     "a disk of this sandbox is missing: {path}", _IN_VAULT),
     (r"could not load kernel|could not open kernel file|could not load initrd", FailedPrecondition,
      "the guest kernel is missing or damaged", "limpet setup --force"),
-    (r"Image is not in qcow2 format|is corrupt", FailedPrecondition, "a disk of this sandbox is damaged", None),
+    (r"Image is not in qcow2 format|is corrupt", FailedPrecondition, "a disk of this sandbox is damaged", _IN_VAULT),
     (r"failed to create seccomp|seccomp", FailedPrecondition, "QEMU could not enter its seccomp sandbox", None),
 )  # fmt: skip
 

@@ -24,8 +24,10 @@ if TYPE_CHECKING:
     from limpet.client._async.images import AsyncImages
     from limpet.client._async.operations import AsyncOperations, OnStage
     from limpet.client._async.sandboxes import AsyncSandboxes
+    from limpet.client._async.trash import AsyncTrash
     from limpet.client._async.upkeep import AsyncConfig, AsyncSystem, AsyncTemplates
-    from limpet.models import DaemonStatus, DoctorReport, Event, Stats
+    from limpet.client._async.vaults import AsyncVaults
+    from limpet.models import DaemonStatus, DoctorReport, Event, PayloadStatus, Stats, SyncStatus
 
 _STOP_POLL = 0.05  # seconds between two looks whether the daemon is gone
 
@@ -63,6 +65,18 @@ class AsyncClient:
         from limpet.client._async.checkpoints import AsyncCheckpoints
 
         return AsyncCheckpoints(self._transport)
+
+    @cached_property
+    def vaults(self) -> AsyncVaults:
+        from limpet.client._async.vaults import AsyncVaults
+
+        return AsyncVaults(self._transport)
+
+    @cached_property
+    def trash(self) -> AsyncTrash:
+        from limpet.client._async.trash import AsyncTrash
+
+        return AsyncTrash(self._transport)
 
     @cached_property
     def images(self) -> AsyncImages:
@@ -140,6 +154,18 @@ class AsyncClient:
         from limpet.models import Stats
 
         return [Stats.model_validate(item) for item in await self._transport.request("GET", "/v1/stats")]
+
+    async def sync_status(self) -> Sequence[SyncStatus]:
+        """How far behind the host is, for every sandbox that has a virtual machine."""
+        from limpet.models import SyncStatus
+
+        return [SyncStatus.model_validate(item) for item in await self._transport.request("GET", "/v1/sync")]
+
+    async def payloads(self) -> Sequence[PayloadStatus]:
+        """Of every sandbox; `sandbox.payloads` adds, removes and confirms."""
+        from limpet.models import PayloadStatus
+
+        return [PayloadStatus.model_validate(item) for item in await self._transport.request("GET", "/v1/payloads")]
 
     async def status(self) -> DaemonStatus:
         from limpet.models import DaemonStatus

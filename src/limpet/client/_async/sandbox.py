@@ -12,8 +12,10 @@ from limpet.client._async import exec as exec_module
 from limpet.client._async.exec import AsyncExec, AsyncExecHandle, OnNotice
 from limpet.client._async.files import AsyncArchive, AsyncFiles
 from limpet.client._async.operations import AsyncOperations, OnStage
+from limpet.client._async.payloads import AsyncPayloads
 from limpet.client._async.ports import AsyncPorts
 from limpet.client._async.transport import AsyncTransport
+from limpet.client._async.vaults import AsyncVault
 from limpet.client._async.workspace import AsyncWorkspace
 from limpet.client._results import ExecResult
 from limpet.errors import FailedPrecondition, LimpetError, NotFound, from_dict
@@ -23,10 +25,13 @@ from limpet.models import (
     ExecInfo,
     ForkResult,
     RestoreResult,
+    RiskReport,
     SetResult,
     State,
     Stats,
     StopResult,
+    SyncResult,
+    SyncStatus,
     SystemInfo,
 )
 from limpet.names import check_name
@@ -45,10 +50,16 @@ class AsyncSandbox:
         self.archive = AsyncArchive(transport, self)
         self.workspace = AsyncWorkspace(transport, self)
         self.ports = AsyncPorts(transport, self)
+        self.payloads = AsyncPayloads(transport, self)
 
     def path(self, *more: str) -> str:
         """The route of this sandbox, or of something in it."""
         return _wire.path_of("sandboxes", check_name(self.name), *more)
+
+    @property
+    def vault(self) -> AsyncVault:
+        """What it wrote, generation by generation."""
+        return AsyncVault(self._transport, check_name(self.name))
 
     @property
     def info(self) -> models.Sandbox:
@@ -95,9 +106,24 @@ class AsyncSandbox:
         """End the virtual machine at once: what the guest did not sync is lost."""
         return StopResult.model_validate(await self._run("kill", {"signal": signal}, on_stage))
 
-    async def remove(self, *, force: bool = False, on_stage: OnStage | None = None) -> None:
-        """Delete it and its disks. A running one only with `force`."""
-        await self._operations.run("DELETE", self.path(), params={"force": force}, on_stage=on_stage)
+    async def remove(self, *, force: bool = False, purge: bool = False, on_stage: OnStage | None = None) -> None:
+        """Put it into the trash (`client.trash`), or with `purge` (and an ephemeral one always) delete it with all
+        that is kept of it. A running one only with `force`."""
+        params = {"force": force, "purge": purge}
+        await self._operations.run("DELETE", self.path(), params=params, on_stage=on_stage)
+
+    async def risk(self) -> RiskReport:
+        """What only this sandbox has: commits, stashes, changed and untracked files."""
+        return RiskReport.model_validate(await self._transport.request("GET", self.path("risk")))
+
+    async def sync(self, *, on_stage: OnStage | None = None) -> SyncResult:
+        """Bring everything that was written before this call to the host; the generation that has it."""
+        return SyncResult.model_validate(await self._run("sync", {}, on_stage))
+
+    async def sync_status(self, *, pending: bool = True) -> SyncStatus:
+        """How far behind the host is. `pending`: also ask the guest what is not on the host yet."""
+        answer = await self._transport.request("GET", self.path("sync"), params={"pending": pending})
+        return SyncStatus.model_validate(answer)
 
     async def set(
         self, *, vcpus: int | None = None, memory_mib: int | None = None, env: Mapping[str, str | None] | None = None,

@@ -25,8 +25,10 @@ if TYPE_CHECKING:
     from limpet.client._sync.images import Images
     from limpet.client._sync.operations import Operations, OnStage
     from limpet.client._sync.sandboxes import Sandboxes
+    from limpet.client._sync.trash import Trash
     from limpet.client._sync.upkeep import Config, System, Templates
-    from limpet.models import DaemonStatus, DoctorReport, Event, Stats
+    from limpet.client._sync.vaults import Vaults
+    from limpet.models import DaemonStatus, DoctorReport, Event, PayloadStatus, Stats, SyncStatus
 
 _STOP_POLL = 0.05  # seconds between two looks whether the daemon is gone
 
@@ -64,6 +66,18 @@ class Client:
         from limpet.client._sync.checkpoints import Checkpoints
 
         return Checkpoints(self._transport)
+
+    @cached_property
+    def vaults(self) -> Vaults:
+        from limpet.client._sync.vaults import Vaults
+
+        return Vaults(self._transport)
+
+    @cached_property
+    def trash(self) -> Trash:
+        from limpet.client._sync.trash import Trash
+
+        return Trash(self._transport)
 
     @cached_property
     def images(self) -> Images:
@@ -141,6 +155,18 @@ class Client:
         from limpet.models import Stats
 
         return [Stats.model_validate(item) for item in self._transport.request("GET", "/v1/stats")]
+
+    def sync_status(self) -> Sequence[SyncStatus]:
+        """How far behind the host is, for every sandbox that has a virtual machine."""
+        from limpet.models import SyncStatus
+
+        return [SyncStatus.model_validate(item) for item in self._transport.request("GET", "/v1/sync")]
+
+    def payloads(self) -> Sequence[PayloadStatus]:
+        """Of every sandbox; `sandbox.payloads` adds, removes and confirms."""
+        from limpet.models import PayloadStatus
+
+        return [PayloadStatus.model_validate(item) for item in self._transport.request("GET", "/v1/payloads")]
 
     def status(self) -> DaemonStatus:
         from limpet.models import DaemonStatus

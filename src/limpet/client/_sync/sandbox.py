@@ -13,8 +13,10 @@ from limpet.client._sync import exec as exec_module
 from limpet.client._sync.exec import Exec, ExecHandle, OnNotice
 from limpet.client._sync.files import Archive, Files
 from limpet.client._sync.operations import Operations, OnStage
+from limpet.client._sync.payloads import Payloads
 from limpet.client._sync.ports import Ports
 from limpet.client._sync.transport import Transport
+from limpet.client._sync.vaults import Vault
 from limpet.client._sync.workspace import Workspace
 from limpet.client._results import ExecResult
 from limpet.errors import FailedPrecondition, LimpetError, NotFound, from_dict
@@ -24,10 +26,13 @@ from limpet.models import (
     ExecInfo,
     ForkResult,
     RestoreResult,
+    RiskReport,
     SetResult,
     State,
     Stats,
     StopResult,
+    SyncResult,
+    SyncStatus,
     SystemInfo,
 )
 from limpet.names import check_name
@@ -46,10 +51,16 @@ class Sandbox:
         self.archive = Archive(transport, self)
         self.workspace = Workspace(transport, self)
         self.ports = Ports(transport, self)
+        self.payloads = Payloads(transport, self)
 
     def path(self, *more: str) -> str:
         """The route of this sandbox, or of something in it."""
         return _wire.path_of("sandboxes", check_name(self.name), *more)
+
+    @property
+    def vault(self) -> Vault:
+        """What it wrote, generation by generation."""
+        return Vault(self._transport, check_name(self.name))
 
     @property
     def info(self) -> models.Sandbox:
@@ -96,9 +107,24 @@ class Sandbox:
         """End the virtual machine at once: what the guest did not sync is lost."""
         return StopResult.model_validate(self._run("kill", {"signal": signal}, on_stage))
 
-    def remove(self, *, force: bool = False, on_stage: OnStage | None = None) -> None:
-        """Delete it and its disks. A running one only with `force`."""
-        self._operations.run("DELETE", self.path(), params={"force": force}, on_stage=on_stage)
+    def remove(self, *, force: bool = False, purge: bool = False, on_stage: OnStage | None = None) -> None:
+        """Put it into the trash (`client.trash`), or with `purge` (and an ephemeral one always) delete it with all
+        that is kept of it. A running one only with `force`."""
+        params = {"force": force, "purge": purge}
+        self._operations.run("DELETE", self.path(), params=params, on_stage=on_stage)
+
+    def risk(self) -> RiskReport:
+        """What only this sandbox has: commits, stashes, changed and untracked files."""
+        return RiskReport.model_validate(self._transport.request("GET", self.path("risk")))
+
+    def sync(self, *, on_stage: OnStage | None = None) -> SyncResult:
+        """Bring everything that was written before this call to the host; the generation that has it."""
+        return SyncResult.model_validate(self._run("sync", {}, on_stage))
+
+    def sync_status(self, *, pending: bool = True) -> SyncStatus:
+        """How far behind the host is. `pending`: also ask the guest what is not on the host yet."""
+        answer = self._transport.request("GET", self.path("sync"), params={"pending": pending})
+        return SyncStatus.model_validate(answer)
 
     def set(
         self, *, vcpus: int | None = None, memory_mib: int | None = None, env: Mapping[str, str | None] | None = None,

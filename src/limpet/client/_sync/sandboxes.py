@@ -57,7 +57,8 @@ class Sandboxes:
         """Begin to make a sandbox: follow the operation with `client.operations`. `spec`: image (`NAME[:TAG]`), vcpus,
         memory_mib, env, labels, user, workdir, entrypoint (where left out, as the image has it), network ("user" or
         "none"), ports ({host: guest}; host 0: any free one), ephemeral, ttl, idle_timeout, idle_suspend (seconds),
-        every_exec (a disk checkpoint before each command), start."""
+        every_exec (a disk checkpoint before each command), payloads ([(host_dir, guest_dir)] or with a third, the
+        least seconds between two publications), start."""
         body = _create_body(name, **spec)
         return Operation.model_validate(self._transport.request("POST", _wire.path_of("sandboxes"), body=body))
 
@@ -152,7 +153,9 @@ def _create_body(
     network: Literal["user", "none"] = "user", ports: Mapping[int, int] | Sequence[tuple[int, int]] = (),
     ephemeral: bool = False, ttl: float | None = None, idle_timeout: float | None = None,
     idle_suspend: float | None = None, every_exec: bool = False, user: str | None = None, workdir: str | None = None,
-    entrypoint: Sequence[str] | None = None, start: bool = True,
+    entrypoint: Sequence[str] | None = None,
+    payloads: Sequence[tuple[str | os.PathLike[str], str] | tuple[str | os.PathLike[str], str, float]] = (),
+    start: bool = True,
 ) -> dict[str, Any]:  # fmt: skip
     """A CreateRequest. Only the name is checked here; the daemon checks everything. What is None is not sent: it is
     the image's to say."""
@@ -162,5 +165,11 @@ def _create_body(
         "env": None if env is None else dict(env), "labels": None if labels is None else dict(labels),
         "network": network, "ports": [{"host": host, "guest": guest} for host, guest in pairs], "ephemeral": ephemeral,
         "ttl": ttl, "idle_timeout": idle_timeout, "idle_suspend": idle_suspend, "every_exec": every_exec, "user": user,
-        "workdir": workdir, "entrypoint": None if entrypoint is None else [*entrypoint], "start": start,
+        "workdir": workdir, "entrypoint": None if entrypoint is None else [*entrypoint],
+        "payloads": [_payload(*payload) for payload in payloads], "start": start,
     }  # fmt: skip
+
+
+def _payload(host_dir: str | os.PathLike[str], guest_dir: str, interval: float | None = None) -> dict[str, Any]:
+    given = {"host_dir": _workdir.host_path(host_dir), "guest_dir": guest_dir}
+    return given if interval is None else given | {"interval": interval}
