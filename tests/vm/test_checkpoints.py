@@ -33,7 +33,7 @@ _TREE = "cd / && find home/user usr/bin/git -type f -print0 | sort -z | xargs -0
 def box(client: Client) -> Iterator[Sandbox]:
     box = client.sandboxes.create("kept", memory_mib=512)
     yield box
-    box.remove(force=True)
+    box.remove(force=True, purge=True)
 
 
 @pytest.fixture
@@ -167,7 +167,7 @@ def test_a_clone_of_the_past_is_a_machine_of_its_own_and_removed_checkpoints_fre
     assert taken - bytes_of_checkpoints() >= checkpoint.memory_bytes
     assert not (discover(home).checkpoints / checkpoint.id).exists()
     assert shell(past, "sha256sum /dev/shm/ballast") == ballast  # its memory is whole still
-    past.remove(force=True)
+    past.remove(force=True, purge=True)
     assert not remains(client)
 
 
@@ -200,6 +200,6 @@ def test_every_exec_keeps_a_ladder_of_disks_and_a_shallow_chain(client: Client, 
         assert shell(box, "wc -l < /srv/lines; wc -l < /home/user/lines").split() == [str(number)] * 2
         assert shell(box, "git --version").startswith("git")
     finally:
-        box.remove(force=True)
+        box.remove(force=True, purge=True)
     assert not [known for known in client.checkpoints.list() if known.sandbox == "careful"]
     assert not remains(client)

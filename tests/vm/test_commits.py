@@ -86,7 +86,7 @@ def source(client: Client) -> Iterator[Sandbox]:
     python(box, _PREPARE)
     box.exec(["sh", "-c", _WRITER], user="root", cwd="/", detach=True)
     yield box
-    box.remove(force=True)
+    box.remove(force=True, purge=True)
     client.config.unset("template.auto")
     with contextlib.suppress(errors.NotFound):
         client.images.remove(_IMAGE)
@@ -131,7 +131,7 @@ def test_the_image_of_a_busy_sandbox_is_exactly_what_it_was_at_one_instant(sourc
         assert len(root) - len(data) in (0, 1)  # both disks at the same instant
         assert began <= len(root) <= now
     finally:
-        box.remove(force=True)
+        box.remove(force=True, purge=True)
     assert not remains(client)
 
 

@@ -34,7 +34,7 @@ def source(client: Client) -> Iterator[Sandbox]:
     shell(box, "mkdir -p /etc/ssh; echo secret > /etc/ssh/ssh_host_test_key; echo mine > /home/user/file", user="root")
     start_counter(box)
     yield box
-    box.remove(force=True)
+    box.remove(force=True, purge=True)
 
 
 def test_ten_forks_are_ten_machines_and_the_source_runs_on(source: Sandbox, client: Client) -> None:
@@ -66,7 +66,7 @@ def test_ten_forks_are_ten_machines_and_the_source_runs_on(source: Sandbox, clie
         assert clock_error(source) <= 0.1
     finally:
         for fork in forks:
-            fork.remove(force=True)
+            fork.remove(force=True, purge=True)
     assert not remains(client)
 
 
@@ -81,8 +81,8 @@ def test_forks_are_independent_of_each_other_and_outlive_their_source(client: Cl
     shell(left, "echo left > /home/user/file; echo left > /dev/shm/file; echo left > /srv/file", user="root")
     for box, content in ((source, "one"), (left, "left"), (right, "one")):
         assert shell(box, "cat /home/user/file /dev/shm/file /srv/file").split() == [content] * 3
-    source.remove(force=True)
-    right.remove(force=True)
+    source.remove(force=True, purge=True)
+    right.remove(force=True, purge=True)
     identity = who(left)
     left.stop()
     left.start()
@@ -90,7 +90,7 @@ def test_forks_are_independent_of_each_other_and_outlive_their_source(client: Cl
     assert {name: who(left)[name] for name in ("machine_id", "hostname", "mac")} == {
         name: identity[name] for name in ("machine_id", "hostname", "mac")
     }
-    left.remove(force=True)
+    left.remove(force=True, purge=True)
     assert not remains(client)
 
 
@@ -111,7 +111,7 @@ def test_a_fork_that_cannot_be_made_harms_no_other(source: Sandbox, client: Clie
         assert taken[0].refresh().state == "stopped"
     finally:
         for box in (*boxes, *taken):
-            box.remove(force=True)
+            box.remove(force=True, purge=True)
     assert not remains(client)
 
 

@@ -38,7 +38,7 @@ def test_stop_under_load_is_clean_and_every_printed_line_is_in_the_file(client: 
         kept = s.exec(["cat", "/home/user/lines"]).check().stdout
         complete = printed[: printed.rfind(b"\n") + 1]
         assert kept.startswith(complete)
-        s.remove(force=True)
+        s.remove(force=True, purge=True)
 
 
 def test_stop_leaves_the_vm_running_when_the_flush_cannot_be_confirmed(client: Client) -> None:
@@ -81,7 +81,7 @@ def test_kill_9_of_the_daemon_during_an_exec_leaves_vm_and_command_running(own_h
         with s.attach(handle.id, stdout=0) as command:
             assert command.result().stdout == b"".join(b"tick %d\n" % i for i in range(1, 7))
             assert command.result().exit_code == 7
-        s.remove(force=True)
+        s.remove(force=True, purge=True)
     assert not list((own_home / "data" / "sandboxes").iterdir())
 
 
@@ -111,7 +111,7 @@ def test_death_of_qemu_is_noticed_and_explained(client: Client) -> None:
     assert s.logs("qemu", tail=50) != b"" or True  # logs of a dead sandbox can be read
     s.start()
     assert s.exec(["cat", "/home/user/kept"]).text == "kept\n"
-    s.remove(force=True)
+    s.remove(force=True, purge=True)
 
 
 def test_restart_has_a_new_boot_id_and_kill_leaves_stopped(client: Client) -> None:
@@ -154,7 +154,7 @@ def test_an_idle_time_out_stops_safely_and_never_deletes(client: Client) -> None
     s.set(idle_timeout=0)
     s.start()
     assert s.exec(["cat", "/home/user/before"]).text == "before\n"
-    s.remove(force=True)
+    s.remove(force=True, purge=True)
 
 
 def test_a_cancelled_create_leaves_no_trace(client: Client, home: Path) -> None:

@@ -36,7 +36,7 @@ def box(client: Client) -> Iterator[Sandbox]:
     box = client.sandboxes.create("still", memory_mib=512)
     start_counter(box)
     yield box
-    box.remove(force=True)
+    box.remove(force=True, purge=True)
 
 
 def alive(pid: int | None) -> bool:

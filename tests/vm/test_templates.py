@@ -48,7 +48,7 @@ def place(pieces: Path) -> Iterator[Place]:
         with Client(home=home) as client:
             box = client.sandboxes.create("cold", memory_mib=512)
             assert "templates" not in command_line(box)
-            box.remove(force=True)
+            box.remove(force=True, purge=True)
             wait_until(lambda: client.templates.list(), 60)
             [template] = client.templates.list()
             client.config.set("template.auto", "off")
@@ -75,7 +75,7 @@ def test_the_create_after_a_missed_one_starts_from_the_template_and_never_writes
     assert not set(names[0]) & set(names[1])
     assert client.templates.build(memory_mib=512).key == place.key  # it is there: nothing is built
     for box in boxes:
-        box.remove(force=True)
+        box.remove(force=True, purge=True)
     assert not remains(client)
 
 
@@ -93,7 +93,7 @@ def test_a_damaged_template_is_named_removed_and_the_sandbox_boots(place: Place,
         assert f"{place.directory / 'ram'} is damaged" in event.data["reason"]
         assert place.client.templates.list() == []
     finally:
-        box.remove(force=True)
+        box.remove(force=True, purge=True)
         shutil.copytree(tmp_path / "kept", place.directory, dirs_exist_ok=True)
 
 
@@ -111,6 +111,6 @@ def test_a_template_that_no_vm_starts_from_is_given_up_for_a_boot(place: Place) 
     events = place.events(seen)
     assert [event.kind for event in events] == ["template.removed"]
     assert events[0].data["reason"]
-    box.remove(force=True)
+    box.remove(force=True, purge=True)
     assert place.client.templates.list() == []
     assert not remains(place.client)
