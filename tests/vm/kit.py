@@ -107,8 +107,16 @@ def flip(path: Path) -> None:
         os.pwrite(file.fileno(), bytes([byte ^ 1]), middle)
 
 
-def remains(client: Client) -> list[str]:
-    """What doctor says about orphans, leftovers and checkpoints; nothing when all is well."""
+def remains(client: Client, seconds: float = 30.0) -> list[str]:
+    """What doctor says about orphans, leftovers and checkpoints; nothing when all is well. Layers are only collected
+    when nothing is being built, a template for example: so for some seconds there may be some."""
+    deadline = time.monotonic() + seconds
+    while (found := _remains(client)) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    return found
+
+
+def _remains(client: Client) -> list[str]:
     rows = client.doctor().rows
     watched = [row for row in rows if row.check in ("orphans", "leftovers", "checkpoints")]
     return [row.detail for row in watched if row.status != "PASS"]

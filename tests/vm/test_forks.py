@@ -124,5 +124,5 @@ def test_what_cannot_be_forked_is_refused_before_anything_stands_still(source: S
     idle = client.sandboxes.create("idle", memory_mib=512, start=False)
     with pytest.raises(errors.FailedPrecondition, match="idle is not running"):
         idle.fork()
-    idle.remove()
+    idle.remove(purge=True)
     assert not remains(client)

@@ -12,7 +12,7 @@ from limpet import Client, errors
 from limpet.client import Sandbox
 from limpet.paths import discover
 from tests.conftest import run_cli
-from tests.vm.kit import count, counts_on, hidden_rows, remains, shell, start_counter
+from tests.vm.kit import count, counts_on, hidden_rows, remains, shell, start_counter, wait_until
 
 pytestmark = pytest.mark.vm
 
@@ -122,13 +122,14 @@ def test_purging_frees_the_disk_and_emptying_does_too(client: Client, home: Path
     def disks() -> set[str]:
         return {path.name for path in (*layers.glob("ly_*"), *vaults.glob("sb_*"))}
 
-    before = disks()
+    before, kept = disks(), hidden_rows(home, "trashed")
     box = make("purged")
     shell(box, "head -c 8M /dev/urandom > /home/user/a; sync")
     box.remove(force=True, purge=True)
-    assert disks() == before
+    wait_until(lambda: disks() == before)
     make("brief", ephemeral=True).remove(force=True)
-    assert disks() == before and "brief" not in [entry.name for entry in client.trash.list()]
+    wait_until(lambda: disks() == before)
+    assert "brief" not in [entry.name for entry in client.trash.list()]
 
     box = make("emptied")
     shell(box, "head -c 8M /dev/urandom > /home/user/a; sync")
@@ -138,7 +139,8 @@ def test_purging_frees_the_disk_and_emptying_does_too(client: Client, home: Path
     assert len(disks()) > len(before)
     result = client.trash.empty("emptied")
     assert result.removed == ["emptied"] and result.freed > 8 << 20
-    assert disks() == before and hidden_rows(home, "trashed") == []
+    wait_until(lambda: disks() == before)
+    assert hidden_rows(home, "trashed") == kept
     assert remains(client) == []
 
 

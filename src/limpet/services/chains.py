@@ -44,9 +44,10 @@ class Folding:
         self._task: asyncio.Task[None] | None = None
 
     def look(self) -> None:
-        """Begin, unless it is under way or nothing has changed."""
+        """Begin, unless it is under way, or nothing has changed and no collection is owed."""
         roots = frozenset(garbage.roots(self._host))
-        if roots != self._seen and (self._task is None or self._task.done()):
+        owed = self._host.layers.owed and not self._host.layers.in_flux
+        if (owed or roots != self._seen) and (self._task is None or self._task.done()):
             self._task = asyncio.create_task(self._fold_all(roots), name="folding")
 
     async def _fold_all(self, roots: frozenset[str]) -> None:

@@ -29,10 +29,12 @@ def found(host: Host, tops: list[str]) -> list[Path]:
 
 async def collect(host: Host) -> int:
     """Delete the layers that nothing reaches; the bytes that this freed. Does nothing when something is built
-    meanwhile: then the next collection does it."""
+    meanwhile: then it is owed, and done within seconds after that (`chains.Folding`)."""
     builds = host.layers.builds
     doomed = await asyncio.to_thread(found, host, list(roots(host)))
-    if host.layers.builds != builds:  # what was looked at is not how things are now
+    # when something was built, what was looked at is not how things are now
+    host.layers.owed = host.layers.in_flux or host.layers.builds != builds
+    if host.layers.owed:
         return 0
     return sum(_delete(path) for path in doomed)
 

@@ -40,6 +40,7 @@ class Layers:
         self._directory = directory
         self._building = 0
         self._builds = 0
+        self.owed = False  # whether a collection was put off because something was being built
         self._patterns: dict[tuple[Format, int], bytes] = {}
 
     def path(self, layer: str) -> Path:
@@ -115,6 +116,11 @@ class Layers:
         finally:
             self._building -= 1
             self._builds += 1
+
+    @property
+    def in_flux(self) -> bool:
+        """Whether something is being built."""
+        return self._building > 0
 
     @property
     def builds(self) -> int:
