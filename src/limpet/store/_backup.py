@@ -11,6 +11,7 @@ from pathlib import Path
 from limpet import durable
 from limpet.errors import FailedPrecondition
 from limpet.paths import Paths
+from limpet.store import _schema, _seals
 
 DAY = 24 * 3600.0
 
@@ -29,6 +30,9 @@ def inspect(paths: Paths) -> None:
     try:
         with contextlib.closing(_open_read_only(database)) as connection:
             found = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+            if found == "ok" and _schema.version(connection) >= _seals.SINCE:
+                _seals.teach(connection)
+                found = _seals.broken(connection) or found
     except sqlite3.DatabaseError as error:
         raise _damaged(paths, str(error)) from error
     if found != "ok":

@@ -10,13 +10,11 @@ from typing import Any, TypedDict
 from pydantic import BaseModel
 
 from limpet.models import Event, Operation, Payload, SandboxSpec, State, WorkspaceInfo
+from limpet.store import _seals
 
 Row = tuple[Any, ...]
 
-SANDBOX_COLUMNS = (
-    "id", "name", "state", "spec", "created_at", "started_at", "boot_id", "incarnation", "workspace", "error", "disks",
-    "parent", "memory", "payloads", "trash",
-)  # fmt: skip
+SANDBOX_COLUMNS = _seals.SEALED["sandboxes"]
 EVENT_COLUMNS = ("seq", "time", "kind", "sandbox", "sandbox_id", "op_id", "data")
 OPERATION_COLUMNS = (
     "id", "kind", "target", "state", "stages", "result", "error", "started_at", "ended_at",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sqlite3
 
 from limpet.errors import FailedPrecondition
+from limpet.store import _seals
 
 MIGRATIONS: tuple[tuple[str, ...], ...] = (
     (
@@ -55,6 +56,9 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
     (
         "ALTER TABLE sandboxes ADD COLUMN payloads TEXT",  # [models.Payload, …] as JSON; NULL: none
         "ALTER TABLE sandboxes ADD COLUMN trash TEXT",  # {"name", "removed_at", "state"} as JSON, while trashed
+        "ALTER TABLE sandboxes ADD COLUMN seal TEXT",  # _seals.py
+        "ALTER TABLE settings ADD COLUMN seal TEXT",
+        *(f"UPDATE {table} SET seal = {_seals.expression(table)}" for table in _seals.SEALED),
     ),
 )
 VERSION = len(MIGRATIONS)

@@ -17,7 +17,7 @@ from typing import Any, Unpack
 from limpet.errors import AlreadyExists, FailedPrecondition, InsufficientSpace, NotFound, nearest
 from limpet.models import Event, Operation
 from limpet.paths import Paths
-from limpet.store import _backup, _lock, _records, _schema
+from limpet.store import _backup, _lock, _records, _schema, _seals
 from limpet.store._records import SandboxChanges, SandboxRecord
 
 EVENTS_KEPT = 100_000
@@ -107,6 +107,7 @@ class Store:
         marks = ", ".join("?" * len(_records.SANDBOX_COLUMNS))
         with _name_taken(record.name), self.transaction():
             self._db.execute(f"INSERT INTO sandboxes ({_SANDBOX}) VALUES ({marks})", _records.sandbox_row(record))
+            self._seal("sandboxes", record.id)
 
     def update_sandbox(self, sandbox_id: str, **changes: Unpack[SandboxChanges]) -> SandboxRecord:
         """Change some columns; the record as it is then. Raises NotFound, AlreadyExists (name)."""
@@ -118,6 +119,7 @@ class Store:
                 settings = ", ".join(f"{column} = ?" for column in changes)
                 values = [_records.to_column(value) for value in changes.values()]
                 self._db.execute(f"UPDATE sandboxes SET {settings} WHERE id = ?", (*values, sandbox_id))
+                self._seal("sandboxes", sandbox_id)
             return self.sandbox_by_id(sandbox_id)
 
     def delete_sandbox(self, sandbox_id: str) -> None:
@@ -137,6 +139,7 @@ class Store:
             self._db.execute("DELETE FROM settings WHERE key = ?", (key,))
             if value is not None:
                 self._db.execute("INSERT INTO settings (key, value) VALUES (?, ?)", (key, value))
+                self._seal("settings", key)
 
     # Events
 
@@ -210,6 +213,11 @@ class Store:
                 (keep,),
             )
 
+    def _seal(self, table: str, key: str) -> None:
+        """Seal a row that was just written, in the same transaction."""
+        column = _seals.SEALED[table][0]
+        self._db.execute(f"UPDATE {table} SET seal = {_seals.expression(table)} WHERE {column} = ?", (key,))
+
     def _one(self, query: str, *values: object) -> _records.Row | None:
         row: _records.Row | None = self._db.execute(query, values).fetchone()
         return row
@@ -219,6 +227,7 @@ def _connect(paths: Paths) -> sqlite3.Connection:
     """A connection in autocommit mode (transactions are explicit) with the pragmas in force and the schema current."""
     os.close(os.open(paths.database, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))  # SQLite would make it 0644
     connection = sqlite3.connect(paths.database, isolation_level=None)
+    _seals.teach(connection)
     try:
         _schema.refuse_newer(connection)
         for pragma, value in _PRAGMAS.items():
