@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from limpet.errors import BadRequest, Busy, LimpetError
-from limpet.models import PayloadRequest, State
+from limpet.models import Payload, PayloadRequest, State
 from limpet.services.host import Host
-from limpet.services.payloads import Attachments
+from limpet.services.payloads import Attachments, seeding, service
 from limpet.services.payloads.locking import locked
 from limpet.services.payloads.marker import NAME
 from limpet.services.payloads.seeding import probe_host
@@ -150,6 +153,48 @@ def test_the_probe_says_what_was_expected_and_what_to_run(directory: Path, monke
         probe_host(directory)
     assert "touch" in (refused.value.hint or "")
     assert everything(directory) == before
+
+
+def test_many_directories_are_read_at_once_by_few_threads(directory: Path) -> None:
+    """PAY-1: on a host with one processor; those that write wait for those that take what they wrote."""
+    (directory / "large").write_bytes(bytes(4 << 20))
+
+    async def read() -> int:
+        return sum([len(piece) async for piece in seeding._tar(directory)])
+
+    async def read_many() -> list[int]:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(2))
+        return await asyncio.gather(*(read() for _ in range(6)))
+
+    found: list[int] = []
+    reading = threading.Thread(target=lambda: found.extend(asyncio.run(read_many())), daemon=True)
+    reading.start()
+    reading.join(20)
+    assert len(found) == 6 and min(found) > 4 << 20
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_what_is_no_volume_is_not_removed_from_the_guest(there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PAY-10: a file that is where a payload could not be mounted."""
+    removed: list[str] = []
+
+    class Played:
+        def __init__(self, _agent: object) -> None: ...
+
+        async def remove(self, _name: str) -> bool:
+            return there
+
+    class Guest:
+        async def agent(self) -> Guest:
+            return self
+
+        async def remove(self, path: str) -> None:
+            removed.append(path)
+
+    vm: Any = Guest()
+    monkeypatch.setattr(service, "Volumes", Played)
+    asyncio.run(service._remove_copy(vm, Payload(id="pl_1", host_dir="/h", guest_dir="/workspace/file", interval=1.0)))
+    assert removed == ["/workspace/file"] * there
 
 
 def test_a_stopped_sandbox_tells_what_its_directory_shows(host: Host, directory: Path) -> None:

@@ -192,6 +192,51 @@ def test_a_write_through_a_descriptor_after_the_exchange_is_kept(world: World, m
     assert not (kept / NAME).exists()
 
 
+def test_a_pipe_of_the_host_never_gets_out_through_a_link_of_the_guest(tmp_path: Path) -> None:
+    """PAY-2: the directory that it was in is a symlink to somewhere else now."""
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    world = World(tmp_path / "world", {"a": b"a", "run/one": b"1"})
+    os.mkfifo(world.host / "run" / "pipe")
+    world.publisher.last = scan(world.host)
+    world.publisher.save(published=Published.of(world.publisher.last))
+    first = world.generation()
+    world.publish(first)
+
+    def lead_out(editor: Editor) -> None:
+        editor.unlink(b"run/one")
+        editor.rmdir(b"run")
+        editor.symlink(b"run", os.fsencode(outside))
+
+    assert world.publish(world.generation(lead_out), first)
+    assert list(outside.iterdir()) == []
+
+
+def test_what_cannot_be_read_or_has_no_end_is_written_anew_without_being_compared(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PAY-2, PAY-8: a mode of the guest without read permission, a file of nearly nothing but holes."""
+
+    def grow(editor: Editor) -> None:
+        editor.truncate(b"b", 1 << 40)
+
+    first = world.generation(both(write("a", b"secret", mode=0o000), grow))
+    world.publish(first)
+    real = os.open
+
+    def refuse(path: bytes, *args: int, **options: int) -> int:
+        if os.path.basename(path) == b"a" and os.path.isabs(path):
+            raise PermissionError(13, "Permission denied")  # as an ordinary user
+        return real(path, *args, **options)
+
+    monkeypatch.setattr(os, "open", refuse)
+    began = time.monotonic()
+    assert world.publish(world.generation(write("new", b"")), None)
+    assert time.monotonic() - began < 10
+    monkeypatch.undo()
+    assert (world.host / "a").read_bytes() == b"secret" and (world.host / "b").stat().st_size == 1 << 40
+
+
 def test_confirming_for_the_guest_publishes_and_keeps_the_edits_beside(world: World) -> None:
     """PAY-6: both versions are kept."""
     first = world.generation()
@@ -206,6 +251,17 @@ def test_confirming_for_the_guest_publishes_and_keeps_the_edits_beside(world: Wo
 
 
 # ── the marker ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_edits_of_a_directory_with_a_long_name_can_be_kept_beside_it(tmp_path: Path) -> None:
+    """PAY-6."""
+    directory, tree = tmp_path / ("ä" * 127), tmp_path / "tree"
+    directory.mkdir()
+    (tree / "sub").mkdir(parents=True)
+    for _ in range(2):
+        (tree / "sub").mkdir(parents=True, exist_ok=True)
+        assert (replaced.keep_aside(tree, directory) / "sub").is_dir()
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_a_missing_or_other_marker_is_a_failure_and_nothing_is_touched(world: World) -> None:

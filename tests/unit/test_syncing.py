@@ -283,6 +283,32 @@ def test_a_sync_that_is_asked_for_has_what_was_written_before_though_one_was_und
     played(tmp_path, monkeypatch, test)
 
 
+def test_a_generation_whose_sync_was_called_off_is_told_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PAY-2: a pause in the instant of a commit; payloads publish what they are told of."""
+
+    async def commit_and_linger(sync: PlayedSync, held: Callable[[], None]) -> Any:
+        sync._guest.synced = sync._guest.taken = sync._guest.counter
+        PlayedVault.head = PlayedGeneration(sync._guest.counter)  # type: ignore[assignment]
+        await asyncio.sleep(60)
+
+    async def test(world: World) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(PlayedSync, "take", commit_and_linger)
+            world.guest.write()
+            await world.until(lambda: PlayedVault.head is not None)
+            await world.syncing.hold(world.id)
+        assert world.told == []
+        world.syncing.go_on(world.id)
+        await world.until(lambda: world.told == [1])
+        await asyncio.sleep(0.3)
+        assert world.told == [1]
+
+    monkeypatch.setattr(PlayedVault, "head", None)
+    played(tmp_path, monkeypatch, test)
+
+
 def test_failures_are_told_once_and_the_channel_is_renewed_after_twelve(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

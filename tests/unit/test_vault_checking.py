@@ -8,9 +8,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import zstandard
 
 from limpet.errors import FailedPrecondition, LimpetError
-from limpet.vault import Damaged, Node, Vault
+from limpet.vault import Damaged, Node, Tree, Vault
+from limpet.vault.objectfile import ObjectWriter
 from tests.unit.vault_model import EPOCH, filled, view
 
 
@@ -256,6 +258,31 @@ def test_nothing_of_a_damaged_object_is_served(copy: Path) -> None:
         for read in (lambda t, n: t.lookup(n), lambda t, n: list(t.walk(n)), lambda t, n: list(t.read(t.lookup(n)))):
             refused += fails(lambda r=read, n=name: r(vault.generation(4).tree("home"), n))  # type: ignore[misc]
     assert refused
+
+
+def test_an_object_that_holds_something_else_than_its_digest_says_is_found_and_not_served(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """D6: what changed in memory on its way to the disk has a frame and a checksum that are right."""
+
+    def compressed(self: ObjectWriter, pack: int, ordinal: int, digest: bytes, raw: bytes) -> None:
+        changed = raw.replace(b"meant", b"other") if raw.startswith(b"meant") else raw
+        self.append(pack, ordinal, digest, zstandard.compress(changed))
+
+    vault = Vault.open(tmp_path / "v")
+    with monkeypatch.context() as patch:
+        patch.setattr(ObjectWriter, "add", compressed)
+        filled(vault, {b"a": b"meant" * 100, b"b": b"whole"})
+    assert any("000001" in problem for problem in vault.check())
+    tree = Vault.open(vault.directory).generation(1).tree("home")
+    assert fails(lambda: list(tree.walk()) and b"".join(tree.read(node_of(tree, b"a"))))
+    assert b"".join(tree.read(node_of(tree, b"b"))) == b"whole"
+
+
+def node_of(tree: Tree, path: bytes) -> Node:
+    node = tree.lookup(path)
+    assert node is not None
+    return node
 
 
 def fails(read: Callable[[], object]) -> bool:

@@ -110,12 +110,28 @@ def test_an_fsync_that_fails_fails_the_generation(vault: Vault, monkeypatch: pyt
     with pytest.raises(OSError, match="input/output"):
         filled(vault, {b"a": b"second"})
     assert calls == failing
+    assert vault.settled == (failing < 3)  # after the last one HEAD may be either
     third = filled(vault, {b"a": b"third"})
+    assert vault.settled
     again = Vault.open(vault.directory)
     assert again.check() == [] and again.head is not None and again.head.number == third.number
     assert view(again.generations()[0].tree("home"))[b"a"][6] == b"first"
     assert view(again.head.tree("home"))[b"a"][6] == b"third"
     assert not [name for name in os.listdir(vault.directory / "gens") if name.startswith(".")]
+
+
+def test_what_head_says_is_durable_before_it_is_believed(vault: Vault, monkeypatch: pytest.MonkeyPatch) -> None:
+    """D3: who renamed it may have been killed before it was made durable."""
+    filled(vault, {b"a": b"first"})
+    with durable.recording() as ops:
+        assert Vault.open(vault.directory).settled
+    assert [op.path for op in ops if op.kind == "fsync_dir"] == [vault.directory]
+
+    def fail(path: Path) -> None:
+        raise OSError(errno.EIO, "input/output error")
+
+    monkeypatch.setattr(durable, "sync_directory", fail)
+    assert not Vault.open(vault.directory).settled
 
 
 def test_a_full_disk_fails_the_generation_and_says_so(vault: Vault, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -145,6 +145,7 @@ def test_every_generation_has_what_the_guest_had(rounds: list[list[tuple[Any, ..
     """D3, D6: however the changes are folded in between; earlier generations stay what they were."""
     with new_vault() as vault, pytest.MonkeyPatch.context() as patch:
         patch.setattr(editing, "_TOUCHED", touched)
+        patch.setattr(editing, "_CLONED", BLOCK if touched == 3 else 1 << 30)
         model, base, wanted = Model(), Model(), []
 
         def edit(editor: Editor) -> None:
@@ -267,6 +268,28 @@ def test_a_large_sparse_file_takes_little_and_stays_sparse(tmp_path: Path) -> No
     generation = committed(vault, 1, lambda editor: editor.write(b"disk", 7_000_001, b"!"), vault.head)
     assert generation.new_bytes < 20_000
     assert committed(vault, 2, lambda editor: editor.truncate(b"disk", 5), vault.head).info.bytes == 5
+
+
+def test_a_clone_of_many_blocks_takes_little_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hostile guests: a few commands that double a file; wherever the parts begin, it has the right bytes."""
+    monkeypatch.setattr(editing, "_CLONED", 4 * BLOCK)
+    monkeypatch.setattr(editing, "_TOUCHED", 16)
+    vault = Vault.open(tmp_path / "v")
+    draft = vault.begin()
+    editor = draft.volume("home", b"/home", base=None)
+    content = b"one" * 50_000 + b"end"
+    editor.mkfile(b"a")
+    editor.write(b"a", 0, content)
+    most = 0
+    for offset in (len(content), 3 * BLOCK, 6 * BLOCK + 5, 20 * BLOCK):
+        editor.clone(b"a", offset, len(content), b"a", 0, False)
+        content = content.ljust(offset, b"\0")[:offset] + content + content[offset + len(content) :]
+        most = max(most, editor._blocks.stored)
+    generation = draft.commit(EPOCH, {})
+    tree = generation.tree("home")
+    node = tree.lookup(b"a")
+    assert node is not None and b"".join(tree.read(node)) == content
+    assert len(content) > 12 * 4 * BLOCK // 2 and most <= 32
 
 
 def test_a_tree_deeper_than_any_stack_is_kept(tmp_path: Path) -> None:

@@ -78,6 +78,17 @@ def test_the_ladder_keeps_the_last_hour_one_an_hour_and_one_a_day(tmp_path: Path
     assert vault.check() == []
 
 
+def test_neither_the_newest_nor_a_pinned_generation_is_forgotten_by_whoever_asks(tmp_path: Path) -> None:
+    """D3, D7: also when it was pinned after somebody had decided what goes. A pin that is over keeps nothing."""
+    vault = Vault.open(tmp_path / "v")
+    for number in range(1, 6):
+        filled(vault, {b"a": b"%d" % number * 1000})
+    vault.pin(2, "before a restore")
+    vault.pin(3, "for a while", EPOCH)
+    vault.forget([1, 2, 3, 4, 5])
+    assert numbers(vault) == numbers(Vault.open(vault.directory)) == [2, 5] and vault.check() == []
+
+
 def test_a_year_of_syncs_leaves_few_files(tmp_path: Path) -> None:
     vault = Vault.open(tmp_path / "v")
     filled(vault, {b"d/%d" % number: os.urandom(2000) for number in range(1000)})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from limpet import durable
 from limpet.errors import BadRequest, Busy, FailedPrecondition, NotFound
 from limpet.models import Operation, State, VaultRestoreRequest
 from limpet.services.host import Host
@@ -174,3 +176,45 @@ def test_forgetting_a_sandbox_drops_its_vault(world: World) -> None:
     """VM-17: what is purged is gone with everything that it wrote."""
     world.host.forget(world.record)
     assert world.host.vaults.ids() == [] and not world.directory.exists()
+
+
+def test_a_dropped_vault_does_not_come_back_after_a_power_loss(world: World) -> None:
+    """D5, D7: its name is gone durably before anything of it is deleted, or the call returns."""
+    with durable.recording() as ops:
+        world.host.vaults.drop(world.record.id)
+        done = [(op.kind, op.path) for op in ops[:3]]
+    renamed = [("rename", world.directory), ("fsync_dir", world.directory.parent)]
+    assert [kind for kind, _ in done] == ["mkdir", "rename", "fsync_dir"] and done[1:] == renamed
+
+
+def test_a_check_keeps_no_sync_waiting_and_nothing_is_removed_meanwhile(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """D4: a vault of many gigabytes is read for minutes."""
+    begun, go_on, real = threading.Event(), threading.Event(), Vault.inspect
+
+    def slow(vault: Vault, **options: Any) -> Any:
+        begun.set()
+        assert go_on.wait(10)
+        return real(vault, **options)
+
+    async def check_and_commit() -> int:
+        wait = world.host.operations.wait
+        checks = [await world.vaults.check("box") for _ in range(2)]
+        try:
+            await asyncio.to_thread(begun.wait, 10)
+            opened = await world.host.vaults.open(world.record.id)
+            async with asyncio.timeout(5), opened.lock:
+                draft = opened.vault.begin()
+                draft.volume("workspace", b"/workspace", base=None)
+                made = draft.commit(vault_kit.NOON.replace(hour=14), {"workspace": ("x", "0" * 36)})
+            collected = await wait((await world.vaults.collect("box")).id)
+            assert collected.error is not None and "is being read" in collected.error["message"]
+        finally:
+            go_on.set()
+        for check in checks:
+            assert ((await wait(check.id)).result or {})["checks"][0]["ok"]
+        return made.number
+
+    monkeypatch.setattr(Vault, "inspect", slow)
+    assert asyncio.run(check_and_commit()) == 4

@@ -102,7 +102,7 @@ class Sync:
     @property
     def needed(self) -> bool:
         """Whether there is, or may be, anything that the host does not have."""
-        return bool(self.stale or self._gone)
+        return bool(self.stale or self._gone or not self._vault.settled)
 
     async def take(self, held: Callable[[], None]) -> Generation | None:
         """Bring what is stale to the vault; None when nothing differed after all. `held` is called when the snapshots
@@ -139,7 +139,7 @@ class Sync:
     async def _collect(self, draft: Draft) -> Generation | None:
         """Edit the draft by what the guest sends, and commit it."""
         changed = [volume for volume in self.stale if await self._receive(draft, volume)]
-        if not changed and not self._gone:
+        if not changed and not self._gone and self._vault.settled:
             await self._table.run(draft.abandon)
             return None
         for name in self._gone:
@@ -190,7 +190,7 @@ class Sync:
             for volume in self.stale:
                 known = head.volumes.get(volume.name) if head is not None else None
                 keep = {known.token if known is not None else None}
-                if self._token not in keep:  # it failed: what the next difference is to is still needed
+                if self._token not in keep or not self._vault.settled:  # it failed: the next difference may be to that
                     keep.add(volume.parent)
                 await self._guest.forget(volume.name, [token for token in keep if token])
             crashpoint("sync.forget.after")

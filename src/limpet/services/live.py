@@ -85,9 +85,9 @@ class LiveVM:
             await self._agent.channel.close()
             self._agent = None
         while True:
-            try:
+            try:  # at least twice: the first greeting may get lost in what an earlier daemon was cut off in
                 channel = await Channel.connect(
-                    self.files.channel, intake=self.files.intake, timeout=timeout, attempt=timeout
+                    self.files.channel, intake=self.files.intake, timeout=timeout, attempt=timeout / 2
                 )
                 self._agent = Agent(channel)
                 return self._agent

@@ -55,6 +55,7 @@ class Syncer:
         self._whole_trees = False  # whether differences do not fit, so that everything has to be sent
         self._next = 0.0  # before this the loop does not sync again
         self.newest: int | None = None  # the generation that was found or made last
+        self._heard = 0  # the generation that others were told of last
 
     # ── the loop ─────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -182,6 +183,7 @@ class Syncer:
     async def _sync(self, named: Set[str] | None) -> tuple[Generation | None, bool]:
         guest = Volumes(await self.vm.agent())
         opened = await self._host.vaults.open(self.vm.sandbox_id)
+        await self._tell(opened.vault.head)  # a sync may have been called off when it had committed
         async with opened.lock:
             self.newest = opened.vault.head.number if opened.vault.head is not None else None
             sync = generations.Sync(guest, self._host.vaults, opened.vault, whole=self._whole_trees)
@@ -199,8 +201,14 @@ class Syncer:
         if generation is None:
             return opened.vault.head, False
         self.newest = generation.number
-        await self._told(self.vm.sandbox_id, generation)
+        await self._tell(generation)
         return generation, True
+
+    async def _tell(self, generation: Generation | None) -> None:
+        """Let others know of a generation, once."""
+        if generation is not None and generation.number != self._heard:
+            self._heard = generation.number
+            await self._told(self.vm.sandbox_id, generation)
 
     async def pending(self) -> tuple[int, int]:
         """How many files and bytes are not on the host yet, by the guest's word. Raises when it cannot tell."""

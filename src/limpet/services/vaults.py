@@ -207,9 +207,11 @@ class Vaults:
         def tell(done: int, total: int) -> None:
             loop.call_soon_threadsafe(stage.update, done / total if total else 1.0, f"{done >> 20} MiB")
 
-        vault = kept.opened.vault
-        async with kept.opened.lock:
-            found = await run(vault.inspect, progress=tell)
+        async with kept.opened.checking:
+            with contextlib.ExitStack() as checked:
+                async with kept.opened.lock:  # whoever removes something ends first; syncs need not wait
+                    vault = checked.enter_context(kept.opened.reading())
+                found = await run(vault.inspect, progress=tell)
             if not found.problems:
                 await run(vault.mark_verified, datetime.now(UTC))
         if problems := found.problems:
@@ -247,9 +249,9 @@ class Vaults:
 
     async def _collect(self, kept: Kept) -> tuple[list[int], int]:
         """The generations that went and the bytes that this freed. Raises Busy while somebody reads."""
-        if kept.opened.readers:
-            raise Busy(f"the vault of {kept.name} is being read", hint="try again when that is done")
         async with kept.opened.lock, kept.opened.removing:
+            if kept.opened.readers:
+                raise Busy(f"the vault of {kept.name} is being read", hint="try again when that is done")
             vault = kept.opened.vault
             before = {generation.number for generation in await self._host.vaults.run(vault.generations)}
             crashpoint("vault.gc.before")

@@ -24,12 +24,13 @@ T = TypeVar("T")
 
 @dataclass
 class OpenVault:
-    """A vault. `lock`: for whoever changes it; `removing`: taken inside of that for removing anything. `readers`: those
-    who read and for whom nothing is removed."""
+    """A vault. `lock`: for whoever changes it; `removing`: taken inside of that for removing anything; `checking`:
+    around both, one check at a time. `readers`: those who read and for whom nothing is removed."""
 
     vault: Vault
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     removing: asyncio.Lock = field(default_factory=asyncio.Lock)
+    checking: asyncio.Lock = field(default_factory=asyncio.Lock)
     readers: int = 0
 
     @contextlib.contextmanager

@@ -27,11 +27,11 @@ from limpet.vault.objects import Objects, Sink
 
 class Draft:
     """Volumes that are not touched are carried over from HEAD. `over`: called once at its end, with the generation that
-    HEAD names from then on, if it is a new one."""
+    HEAD names from then on, if it is a new one, and whether that is known to be durable."""
 
     def __init__(
         self, layout: Layout, objects: Objects, number: int, head: Generation | None,
-        over: Callable[[Generation | None], None],
+        over: Callable[[Generation | None, bool], None],
     ) -> None:  # fmt: skip
         self.number = number
         self._layout = layout
@@ -68,24 +68,26 @@ class Draft:
         returns. When it raises there is none; or, after the last fsync failed, one that may be lost in a crash."""
         self._require_open()
         committed: Generation | None = None
+        settled = False
         try:
             generation = self._finished(time, snapshots)
             seal = self._written(generation)
             committed = self._published(generation, seal)
             durable.sync_directory(self._layout.directory)
+            settled = True
             crashpoint("vault.commit.after")
             return generation
         except BaseException as error:
             self._discard(error)
             raise
         finally:
-            self._end(committed)
+            self._end(committed, settled)
 
     def abandon(self) -> None:
         """Forget it all. Does nothing after `commit`."""
         if self._open:
             self._discard(FailedPrecondition("abandoned"))
-            self._end(None)
+            self._end(None, False)
 
     def _finished(self, time: datetime, snapshots: Mapping[str, tuple[str, str]]) -> Generation:
         for name, (mount, editor) in self._editors.items():
@@ -120,10 +122,10 @@ class Draft:
         self._file.__exit__(type(error), error, error.__traceback__)
         durable.unlink(self._temporary, missing_ok=True)
 
-    def _end(self, committed: Generation | None) -> None:
+    def _end(self, committed: Generation | None, settled: bool) -> None:
         self._open = False
         self._objects.attach(None)
-        self._over(committed)
+        self._over(committed, settled)
 
     def _require_open(self) -> None:
         if not self._open:

@@ -14,6 +14,7 @@ from limpet.vault.trees import Tree, TreeRoot
 _TOUCHED = 50_000  # entries and addresses of blocks in memory
 _XATTRS = 1 << 20  # bytes of extended attributes of one node
 _XATTR_NAMES = 10_000  # more than listxattr(2) can tell (XATTR_LIST_MAX)
+_CLONED = 1 << 30  # bytes that are cloned at a time
 _COPIED = 64 << 30  # bytes that clones off the grid of blocks may copy in one edit
 _YEARS = 1 << 63  # seconds, what Btrfs has for a time
 
@@ -134,6 +135,17 @@ class Editor:
             raise BadStream(f"{source_path!r} ends before what is to be cloned of it")
         if source is file and abs(source_offset - offset) < length:
             raise BadStream(f"{path!r} cannot be cloned over itself")
+        for done in range(0, max(length, 1), _CLONED):
+            part = min(_CLONED, length - done)
+            self._clone_part(path, offset + done, part, source_path, source_offset + done, from_base)
+
+    def _clone_part(
+        self, path: bytes, offset: int, length: int, source_path: bytes, source_offset: int, from_base: bool
+    ) -> None:
+        """So many addresses of blocks that they fit in memory."""
+        self._tick()
+        file = self._file(path)
+        source = self._base_file(source_path) if from_base else self._file(source_path)
         grown = max(file.size, offset + length)
         self._zero(file, offset, min(length, file.size - offset))
         for index in self._blocks.numbers(source, source_offset // BLOCK, (source_offset + length - 1) // BLOCK):

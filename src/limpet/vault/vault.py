@@ -43,6 +43,7 @@ class Vault:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.damage: str | None = None  # why it takes no commits
+        self.settled = True  # whether `head` is durable; else a crash may lose it, and only another commit helps
         self._layout = Layout(directory)
         self._writer = threading.Lock()  # held by who adds or removes generations
         self._reader = threading.Lock()  # held by who needs all files to stay, or removes some
@@ -195,6 +196,7 @@ class Vault:
             self.damage = error.message
         if self.damage is None:
             retaining.sweep(self._layout, self._ledger, self._head)
+            self.settled = self._settles()
         else:
             self._head = 0
         self._objects.move(retaining.places(self._layout, self._ledger))
@@ -205,6 +207,14 @@ class Vault:
                 self._generations[number] = self._read(number)
             except Damaged as error:
                 self._unreadable[number] = error
+
+    def _settles(self) -> bool:
+        """Make durable what HEAD says: who renamed it may have been killed before that was."""
+        try:
+            durable.sync_directory(self.directory)
+        except OSError:
+            return False
+        return True
 
     def _require_head(self, number: int, seal: str) -> None:
         """Raise Damaged unless the file that HEAD names is the one that it means."""
@@ -227,8 +237,9 @@ class Vault:
         generation.pinned = pin.why if pin else None
         return generation
 
-    def _ended(self, committed: Generation | None) -> None:
+    def _ended(self, committed: Generation | None, settled: bool) -> None:
         if committed is not None:
+            self.settled = settled
             self._generations[committed.number] = committed
             self._head = committed.number
         self._writer.release()

@@ -33,7 +33,7 @@ from limpet.services.payloads.locking import Lock
 from limpet.services.payloads.marker import Marker
 from limpet.services.payloads.publishing import Publisher
 from limpet.services.payloads.scanning import Scan, scan
-from limpet.services.payloads.state import PayloadState, Published, States, short_id, volume_of
+from limpet.services.payloads.state import PayloadState, Published, States, lock_name, volume_of
 from limpet.services.vaulttable import VaultTable
 from limpet.store import SandboxRecord
 from limpet.threads import Workers, to_its_end
@@ -84,7 +84,7 @@ class Attachments:
         mark = Marker.new(payload.id, record.name, record.id, self._home, directory)
         state = before or PayloadState(payload=payload.id, sandbox_id=record.id, host_dir=str(directory))
         publisher = self._publisher(state)
-        publisher.save(nonce=mark.nonce)
+        publisher.save(nonce=mark.nonce, doomed=False)
         self._locks[payload.id] = locking.take(mark)
         locking.refuse_nested(directory, scan(directory).nested)
         seeding.probe_host(directory)
@@ -122,7 +122,7 @@ class Attachments:
         lock = self._locks.pop(payload.id)
         try:
             crashpoint("payload.give.before")
-            await vm.machine.give(_lock_name(payload.id), lock.fd)
+            await vm.machine.give(lock_name(payload.id), lock.fd)
             crashpoint("payload.give.after")
         finally:
             lock.close()
@@ -170,11 +170,9 @@ class Attachments:
         await seeding.probe_guest(agent, publisher.directory, mount)
         seeded = await seeding.seed(agent, publisher.directory, mount, user, before)
         await agent.sync()
+        since = await self._newest(record.id) + 1
         crashpoint("payload.seeded.before")
-        publisher.save(
-            seeded=incarnation, published=Published.of(seeded), since=await self._newest(record.id) + 1, trouble=None,
-            reason=None,
-        )  # fmt: skip
+        publisher.save(seeded=incarnation, published=Published.of(seeded), since=since, trouble=None, reason=None)
         publisher.last = seeded
         crashpoint("payload.seeded.after")
 
@@ -206,31 +204,43 @@ class Attachments:
         }  # fmt: skip
 
     def doomed(self, record: SandboxRecord) -> list[PayloadState]:
-        """What is left of payloads that were let go while nobody could remove the guest's copy."""
-        return [state for state in self.states.all() if state.sandbox_id == record.id and state.doomed]
+        """What is left of payloads that were let go while nobody could remove the guest's copy, or unlock them."""
+        own = {payload.id for payload in record.payloads}
+        mine = (state for state in self.states.all() if state.sandbox_id == record.id and state.payload not in own)
+        return [state for state in mine if state.doomed]
+
+    def doom(self, payload: str, *, doomed: bool = True) -> None:
+        """Note that the guest's copy is about to go, for the case that this is cut off; or that it stays."""
+        if (state := self.states.get(payload)) is not None:
+            self._publisher(state).save(doomed=doomed)
 
     async def _remove_doomed(self, vm: LiveVM, record: SandboxRecord) -> None:
         for state in self.doomed(record):
+            await self._unlock(vm, state.payload)  # whatever the guest does
             await Volumes(await vm.agent()).remove(volume_of(state.payload))
-            await self.let_go(vm, state)
+            self.states.forget(state.payload)
 
-    async def let_go(self, vm: LiveVM | None, state: PayloadState) -> None:
-        """Unlock the host directory and forget the payload; the guest's copy is gone already."""
-        if vm is not None:
-            crashpoint("payload.unlock.before")
-            with contextlib.suppress(FailedPrecondition):  # it had none
-                await vm.machine.qmp("closefd", fdname=_lock_name(state.payload))
-            crashpoint("payload.unlock.after")
-        await self.release_one(state.payload)
-        self.states.forget(state.payload)
+    async def let_go(self, vm: LiveVM, payload: str) -> None:
+        """Unlock the host directory and forget the payload; the guest's copy is gone."""
+        await self._unlock(vm, payload)
+        self.states.forget(payload)
+
+    async def _unlock(self, vm: LiveVM, payload: str) -> None:
+        crashpoint("payload.unlock.before")
+        with contextlib.suppress(FailedPrecondition):  # it had none
+            await vm.machine.qmp("closefd", fdname=lock_name(payload))
+        crashpoint("payload.unlock.after")
+        await self.release_one(payload)
 
     # ── while it runs ────────────────────────────────────────────────────────────────────────────────────────────
 
     async def adopt(self, vm: LiveVM, record: SandboxRecord) -> None:
         """Another daemon attached them, or was about to: see that the VM has the locks, the guest its copies, and
         neither what was let go. What cannot be taken over is told and never published."""
-        with contextlib.suppress(LimpetError):
+        try:
             await self._remove_doomed(vm, record)
+        except LimpetError as error:  # the next start tries again
+            _log.warning("payload.copy_left", sandbox=record.id, reason=error.message)
         for payload in record.payloads:
             try:
                 await self._adopt(vm, record, payload)
@@ -240,7 +250,8 @@ class Attachments:
 
     async def _adopt(self, vm: LiveVM, record: SandboxRecord, payload: Payload) -> None:
         state = self.states.get(payload.id)
-        if state is None or state.nonce is None:
+        cut_off = state is not None and state.doomed  # its removal, so that the guest may have no copy any more
+        if state is None or state.nonce is None or state.never_marked():
             await self.lock_one(record, payload)
             await self.give(vm, payload)
         else:
@@ -249,10 +260,11 @@ class Attachments:
             if (fd := locking.retake(publisher.directory, state.nonce)) is not None:
                 self._locks[payload.id] = Lock(fd, Marker.of(publisher.directory, state.nonce))
                 await self.give(vm, payload)
-        if self._publishers[payload.id].state.seeded != record.incarnation:
+        if cut_off or self._publishers[payload.id].state.seeded != record.incarnation:
             before = replace(record, incarnation=record.incarnation - 1)
             volumes = {volume.name: volume for volume in await Volumes(await vm.agent()).state()}
             await self._mount(await vm.agent(), before, payload, volumes.get(volume_of(payload.id)), warm=True)
+            self.doom(payload.id, doomed=False)
 
     def begin(self, record: SandboxRecord) -> None:
         """It runs: publish what it writes from now on."""
@@ -342,9 +354,7 @@ class Attachments:
                 publisher.recover()
             if state.nonce is not None and locking.release(publisher.directory, state.nonce):
                 publisher.save(nonce=None)
-            if state.payload not in known.get(state.sandbox_id, ()) and not (
-                state.doomed and state.sandbox_id in known
-            ):
+            if (kept := known.get(state.sandbox_id)) is None or (state.payload not in kept and not state.doomed):
                 self.states.forget(state.payload)
             if publisher.replaced:
                 self._linger(state.payload, publisher)
@@ -380,11 +390,6 @@ class Attachments:
         for keeper in list(self.keepers.values()):
             await keeper.close()
         self.keepers.clear()
-
-
-def _lock_name(payload: str) -> str:
-    """Under which name a VM has the descriptor."""
-    return f"payload-{short_id(payload)}"
 
 
 def _as_published(volume: Volume, published: Published) -> bool:

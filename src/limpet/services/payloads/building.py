@@ -94,10 +94,15 @@ class _Builder(TreeWriter):
         """The marker, and what is the host's own."""
         durable.link(self._published / NAME, self._target / NAME)
         for path, stamp in self._seen.stamps.items():
-            if not (stamp.is_plain or stamp.is_directory):
+            if not (stamp.is_plain or stamp.is_directory) and self._leads_nowhere_else(path):
                 with contextlib.suppress(FileExistsError, FileNotFoundError, NotADirectoryError, PermissionError):
                     self._share(path, self._root, path)
                     self.linked[path] = stamp
+
+    def _leads_nowhere_else(self, path: bytes) -> bool:
+        """Whether what contains a path is a directory of the tree, not by way of a symlink that the guest made."""
+        parent = self._tree.lookup(path.rpartition(b"/")[0])
+        return parent is not None and parent.kind == "dir"
 
     def dress(self, fd: int, node: Node) -> None:
         if os.geteuid() == 0:
@@ -138,7 +143,13 @@ class _Builder(TreeWriter):
         known = (stamp.size, stamp.mtime_ns, stamp.mode & 0o777)
         if known != (node.size, node.mtime_ns, node.mode & 0o777):
             return False
-        with open(os.open(source, _READ), "rb") as file:
+        if sum(length for _, length in self._tree.extents(node)) < node.size:
+            return False  # holes cost nothing to write, and may take for ever to read
+        try:
+            fd = os.open(source, _READ)
+        except PermissionError:  # the guest's mode, which is its owner's here, too
+            return False
+        with open(fd, "rb") as file:
             return all(file.read(len(piece)) == piece for piece in self._tree.read(node)) and not file.read(1)
 
 

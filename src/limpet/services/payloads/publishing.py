@@ -5,10 +5,11 @@
     3  state: `coming`                         which tree is about to get the name
     4  exchange of the two names               ← the commit point (renameat2, RENAME_EXCHANGE)
     5  swapped-out tree scanned again          edited since 1: exchanged back, drifted
-    6  state: `published`
-    7  swapped-out tree kept for some time     for readers that stand in it; edited meanwhile: kept for good, and told
+    6  swapped-out tree gets another name      kept for some time for readers that stand in it; edited meanwhile: kept
+                                               for good, and told
+    7  state: `published`
 
-A crash before 4 leaves a tree beside the directory that `recover` removes; between 4 and 6 `recover` does 5 and 6.
+A crash before 4 leaves a tree beside the directory that `recover` removes; between 4 and 7 `recover` does 5, 6 and 7.
 Where the file system cannot exchange, 4 is two renames: for an instant the name is not there (a crash in between is
 made good by `recover`), never half a tree.
 """
@@ -77,6 +78,7 @@ class Publisher:
     def look(self) -> Scan:
         """The directory as it was left. Raises FailedPrecondition without our marker, Drifted when it was edited."""
         assert self.state.published is not None and self.state.nonce is not None
+        self._go_on()
         marker.require(self.directory, self.state.nonce)
         found = scan(self.directory)
         if found.digest() != self.state.published.digest:
@@ -98,6 +100,7 @@ class Publisher:
         Raises Drifted, HeldBack, FailedPrecondition, InsufficientSpace, Damaged."""
         assert self.state.nonce is not None
         if confirmed:
+            self._go_on()
             marker.require(self.directory, self.state.nonce)
             seen, base = scan(self.directory), None
         else:
@@ -155,16 +158,20 @@ class Publisher:
         if not self._untouched(seen):
             self._swap_back(published, new)
             raise self._drifted(seen, scan(self.directory))
+        if edited:
+            keep_aside(self.staging, self.directory)
+        else:
+            self.replaced.append(Replaced.of(self._rename_old(), seen, new, times))
         crashpoint("payload.publish.state.before")
         self.save(published=published, coming=None, trouble=None, reason=None)
         crashpoint("payload.publish.state.after")
         self.last = new
-        if edited:
-            keep_aside(self.staging, self.directory)
-        else:
-            old = self.directory.with_name(f"{self._old}{time.time_ns()}")
-            durable.rename(self.staging, old)
-            self.replaced.append(Replaced.of(old, seen, new, times))
+
+    def _rename_old(self) -> Path:
+        """Keep the swapped-out tree for its readers; where."""
+        old = self.directory.with_name(f"{self._old}{time.time_ns()}")
+        durable.rename(self.staging, old)
+        return old
 
     def _swap(self) -> None:
         """Exchange the staged tree and the directory; the parent is durable then."""
@@ -194,15 +201,22 @@ class Publisher:
 
     def _swap_back(self, coming: Published, new: Scan | None = None) -> None:
         """The directory that was edited has its name again. `new`: what was staged, where that is known."""
+        crashpoint("payload.swap_back.before")
         self._swap()
+        crashpoint("payload.swap_back.after")
+        self._put_away(coming, new)
+
+    def _put_away(self, coming: Published, new: Scan | None = None) -> None:
+        """The staged tree is not published: it goes, unless somebody was quick enough to write there, too."""
+        if (staged := scan(self.staging)).digest() != coming.digest:
+            there = scan(self.directory)
+            own = [path for path, stamp in staged.stamps.items() if there.stamps.get(path) != stamp]
+            if new is None or any(new.stamps.get(path) != staged.stamps[path] for path in own):
+                keep_aside(self.staging, self.directory)
+        crashpoint("payload.put_away.before")
         self.save(coming=None)
-        staged, there = scan(self.staging), scan(self.directory)
-        own = [path for path, stamp in staged.stamps.items() if there.stamps.get(path) != stamp]
-        edited = staged.digest() != coming.digest
-        if edited and (new is None or any(new.stamps.get(path) != staged.stamps[path] for path in own)):
-            keep_aside(self.staging, self.directory)  # somebody was quick enough to write there, too
-        else:
-            self._clear()
+        crashpoint("payload.put_away.after")
+        self._clear()
 
     def _clear(self) -> None:
         remove(self.staging)
@@ -225,6 +239,11 @@ class Publisher:
                 crashpoint("payload.remove.after")
         return kept
 
+    def _go_on(self) -> None:
+        """After a publication that failed in the middle: what it left is no edit of somebody else's."""
+        if self.state.coming is not None:
+            self.recover()
+
     def recover(self) -> None:
         """After a crash, or before the first publication: end what was begun, remove what is left over."""
         coming, published = self.state.coming, self.state.published
@@ -232,6 +251,8 @@ class Publisher:
             self._end_renames(coming)
         if coming is not None and coming.is_at(self.directory):
             self._finish(coming, published)
+        elif coming is not None and coming.is_at(self.staging):
+            self._put_away(coming)
         elif coming is not None:
             self.save(coming=None)
         self._clear()
@@ -250,16 +271,15 @@ class Publisher:
         durable.sync_directory(self.directory.parent)
 
     def _finish(self, coming: Published, published: Published | None) -> None:
-        """The new tree has the name, and the old one is beside it, if it was not removed yet."""
-        there = self.staging.is_dir() and published is not None and published.is_at(self.staging)
-        if there and published is not None and scan(self.staging).digest() != published.digest:
-            self._swap_back(coming)  # edited in the instant before the exchange
-            return
+        """The new tree has the name, and the old one is beside it, if it was not renamed yet."""
+        if self.staging.is_dir():
+            if published is None or scan(self.staging).digest() != published.digest:
+                self._swap_back(coming)  # edited in the instant before the exchange, or published over on purpose
+                return
+            self.replaced.append(Replaced(self._rename_old()))
+        crashpoint("payload.finish.before")
         self.save(published=coming, coming=None, trouble=None, reason=None)
-        if there:
-            old = self.directory.with_name(f"{self._old}{time.time_ns()}")
-            durable.rename(self.staging, old)
-            self.replaced.append(Replaced(old))
+        crashpoint("payload.finish.after")
 
     def let_go(self) -> None:
         """Remove everything of ours beside the directory; it is as it was published last."""

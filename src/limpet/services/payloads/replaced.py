@@ -19,6 +19,7 @@ from limpet.services.payloads.marker import NAME
 from limpet.services.payloads.scanning import Scan, Stamp
 
 KEEP_S = 30.0
+_LONGEST_STEM = 200  # bytes: a name has at most 255
 _LONGEST_S = 900.0  # also for a reader that stands in it
 
 
@@ -77,10 +78,8 @@ def directory_times(path: Path, seen: Scan) -> dict[bytes, int]:
 def keep_aside(path: Path, directory: Path) -> Path:
     """Give a tree a name that its owner finds, beside the directory that it was; where. It is no payload any more."""
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
-    number = 0
-    while os.path.lexists(
-        place := directory.with_name(f"{directory.name}.saved-{stamp}" + f"-{number}" * (number > 0))
-    ):
+    stem, number = os.fsdecode(os.fsencode(directory.name)[:_LONGEST_STEM]), 0
+    while os.path.lexists(place := directory.with_name(f"{stem}.saved-{stamp}" + f"-{number}" * (number > 0))):
         number += 1
     durable.unlink(path / NAME, missing_ok=True)
     durable.rename(path, place)

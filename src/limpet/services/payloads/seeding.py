@@ -21,10 +21,12 @@ from limpet.errors import FailedPrecondition, NotFound, Unavailable
 from limpet.guest import Agent
 from limpet.services.payloads.marker import NAME, PROBE
 from limpet.services.payloads.scanning import Scan, scan
-from limpet.threads import to_its_end
+from limpet.threads import Workers, to_its_end
 from limpet_agent import tarwrite
 
 _PIPE = 1 << 20  # bytes that are read before the guest has taken them
+# Threads that wait until others take what they wrote: of those that take it they would leave none.
+_PACKERS = Workers(256, "seed")
 
 
 def probe_host(directory: Path) -> None:
@@ -101,7 +103,7 @@ async def _tar(path: Path, exclude: frozenset[str] = frozenset()) -> AsyncIterat
     """A path as a tar stream, read in a thread and only as fast as it is taken."""
     readable, writable = os.pipe()
     fcntl.fcntl(writable, fcntl.F_SETPIPE_SZ, _PIPE)
-    packing = asyncio.create_task(asyncio.to_thread(_pack, path, exclude, writable))
+    packing = asyncio.create_task(_PACKERS.run(_pack, path, exclude, writable))
     try:
         while piece := await to_its_end(os.read, readable, _PIPE):
             yield piece

@@ -72,8 +72,7 @@ class Payloads:
         except BaseException:
             with contextlib.suppress(LimpetError):
                 await _remove_copy(vm, payload)
-            if (state := attached.states.get(payload.id)) is not None:
-                await attached.let_go(vm, state)
+            await attached.let_go(vm, payload.id)
             left = tuple(other for other in record.payloads if other.id != payload.id)
             self._host.records.update(record.id, payloads=left)
             raise
@@ -92,15 +91,14 @@ class Payloads:
                 self._require_standing(now)
                 vm = self._host.live.get(record.id)
                 problem = await self._take_out(vm, now, chosen, stages) if vm is not None else None
-                state = self._attached.states.get(chosen.id)
-                if state is not None and vm is None:
-                    self._attached.states.save(state.model_copy(update={"doomed": True}))
+                if vm is None:
+                    self._attached.doom(chosen.id)
                 crashpoint("payload.rm.before")
                 left = tuple(other for other in now.payloads if other.id != chosen.id)
                 self._host.records.update(record.id, payloads=left)
                 crashpoint("payload.rm.after")
-                if state is not None and vm is not None:
-                    await self._attached.let_go(vm, state)
+                if vm is not None:
+                    await self._attached.let_go(vm, chosen.id)
             self._host.events.emit(
                 "payload.removed", sandbox=record, payload=chosen.id, host_dir=chosen.host_dir, problem=problem
             )
@@ -122,10 +120,12 @@ class Payloads:
                 problem = await keeper.final(_FINAL_S) or problem
         async with stages.run("remove"):
             try:
+                self._attached.doom(payload.id)
                 crashpoint("payload.take_out.before")
                 await _remove_copy(vm, payload)
                 crashpoint("payload.take_out.after")
             except BaseException:
+                self._attached.doom(payload.id, doomed=False)
                 if keeper is not None:
                     keeper.start()
                 raise
@@ -188,7 +188,8 @@ class Payloads:
 async def _remove_copy(vm: LiveVM, payload: Payload) -> None:
     """Take the guest's copy away. Raises FailedPrecondition while programs use it."""
     agent = await vm.agent()
-    await Volumes(agent).remove(volume_of(payload.id))
+    if not await Volumes(agent).remove(volume_of(payload.id)):
+        return  # nothing was mounted: what has that name is not ours
     with contextlib.suppress(LimpetError):  # there may be other things in the directory by now
         await agent.remove(payload.guest_dir)
 

@@ -15,6 +15,7 @@ from typing import Literal
 from pydantic import BaseModel, ValidationError
 
 from limpet import durable
+from limpet.services.payloads import marker
 from limpet.services.payloads.scanning import Scan
 
 
@@ -59,6 +60,10 @@ class PayloadState(BaseModel):
     reason: str | None = None
     doomed: bool = False
 
+    def never_marked(self) -> bool:
+        """Whether a daemon ended between noting a nonce for the first time and writing it."""
+        return self.published is None and marker.read(Path(self.host_dir)) is None
+
 
 class States:
     """The states of all payloads, in memory and on the disk."""
@@ -99,4 +104,9 @@ def short_id(payload: str) -> str:
 
 def volume_of(payload: str) -> str:
     """The name of a payload's volume in the guest."""
+    return f"payload-{short_id(payload)}"
+
+
+def lock_name(payload: str) -> str:
+    """Under which name a VM has the descriptor of a payload's marker."""
     return f"payload-{short_id(payload)}"
