@@ -15,6 +15,7 @@ from typing import Any
 
 from limpet.errors import NotFound
 from limpet.models import State
+from tests.crash import keeping
 from tests.crash.world import EARLY, SHAPE, Action, World, until
 
 R, P, S, X, E = State.RUNNING, State.PAUSED, State.SUSPENDED, State.STOPPED, State.ERROR
@@ -25,7 +26,7 @@ class Operation:
     """`points`: where the daemon is killed, and made to fail but at those in `unraised`; `machine`: where VMs are
     killed. `states`: what the box may be after a crash in the middle. `memory`: whether its memory must have lasted.
     `goes_back`: the early token may be on its disk. `others`: sandboxes that may be there. `told`: whether whoever
-    asked for it learns of a failure; it may be nobody, or there is another way."""
+    asked for it learns of a failure; it may be nobody, or there is another way. `proof`: of more, after a kill."""
 
     run: Callable[[World], None]
     points: str
@@ -37,6 +38,7 @@ class Operation:
     goes_back: bool = False
     others: tuple[str, ...] = ()
     told: bool = True
+    proof: Callable[[World], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ def restore_as(world: World) -> None:
     world.box.restore(EARLY, as_name="back")
     back = world.client.sandboxes.get("back")
     assert world.read(back) == (EARLY, EARLY)
-    back.remove(force=True)
+    world.gone("back")
 
 
 # ── copies ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -118,7 +120,7 @@ def fork(world: World) -> None:
     world.gone("twin")
     (twin,) = world.box.fork(name="twin")
     assert world.read(twin) == (world.token, world.token)
-    twin.remove(force=True)
+    world.gone("twin")
 
 
 def with_twin(world: World) -> None:
@@ -140,7 +142,7 @@ def create(world: World) -> None:
     world.gone("new")
     new = world.client.sandboxes.create("new", **SHAPE)
     assert new.exec("echo alive").text == "alive\n"
-    new.remove(force=True)
+    world.gone("new")
 
 
 def pause(world: World) -> None:
@@ -242,7 +244,7 @@ def build_template(world: World) -> None:
     built = world.client.templates.build("base", **SMALL)
     new = world.client.sandboxes.create("new", **SMALL)
     assert new.exec("echo alive").text == "alive\n"
-    new.remove(force=True)
+    world.gone("new")
     world.client.templates.remove(built.key)
 
 
@@ -287,9 +289,7 @@ OPERATIONS = {
     ),
     "checkpoint-rm": Operation(remove_checkpoint, "checkpoint.remove.before checkpoint.remove.after", with_checkpoint),
     "fold": Operation(fold, "fold.before fold.after", with_checkpoint, told=False),
-    "fold-stopped": Operation(
-        fold, "fold.after", with_checkpoint_stopped, states=(X,), memory=False, told=False
-    ),
+    "fold-stopped": Operation(fold, "fold.after", with_checkpoint_stopped, states=(X,), memory=False, told=False),
     "fork": Operation(
         fork,
         "fork.clone.before start.disks.before start.disks.after start.disks.recorded start.launch.before "
@@ -299,12 +299,10 @@ OPERATIONS = {
     "rm": Operation(
         remove,
         "end.machine.before end.machine.after end.record.before forget.files.before forget.row.before forget.row.after "
-        "rm.checkpoints.before layer.delete.before layer.delete.after",
+        "purge.row.before purge.row.after vault.drop.before vault.drop.after layer.delete.before layer.delete.after",
         with_twin, unraised="forget.row.after", others=("twin",),
     ),
-    "create": Operation(
-        create, "create.row.after start.launch.after", unraised="start.launch.after", others=("new",)
-    ),
+    "create": Operation(create, "create.row.after start.launch.after", unraised="start.launch.after", others=("new",)),
     "pause": Operation(pause, "pause.stop.before pause.stop.after", machine="pause.stop.before", states=(R, P)),
     "go-on": Operation(wake, "resume.cont.before resume.cont.after", paused, states=(R, P)),
     "suspend": Operation(
@@ -326,9 +324,7 @@ OPERATIONS = {
     "stop": Operation(
         stop, "stop.flush.before stop.off.after", machine="stop.flush.before", states=(R, X), memory=False
     ),
-    "start": Operation(
-        wake, "start.launch.after", stopped, machine="start.launch.after", states=(R, X), memory=False
-    ),
+    "start": Operation(wake, "start.launch.after", stopped, "start.launch.after", states=(R, X), memory=False),
     "kill": Operation(kill, "kill.signal.before kill.signal.after", states=(R, X), memory=False),
     "image-import": Operation(
         import_image, "image.publish.before image.publish.after image.tag.before image.tag.after", without_image
@@ -351,6 +347,44 @@ OPERATIONS = {
     "pool-claim": Operation(
         create, "pool.claim.after pool.wake.before pool.wake.after", filled, unraised="pool.claim.after",
         machine="pool.wake.before", others=("new",), told=False,
+    ),
+    "sync": Operation(
+        keeping.sync,
+        "sync.snapshot.before sync.snapshot.after sync.send.before sync.commit.before sync.commit.after "
+        "sync.forget.before sync.forget.after",
+        keeping.unsynced, machine="sync.snapshot.after sync.send.before sync.forget.before", told=False,
+    ),
+    "vault-copy": Operation(fork, "vault.copy.before vault.copy.after", keeping.synced, others=("twin",)),
+    "vault-gc": Operation(keeping.collect, "vault.gc.before vault.gc.after", keeping.synced),
+    "vault-repair": Operation(keeping.repair, "vault.repair.before vault.repair.after", keeping.synced),
+    "vault-restore": Operation(
+        keeping.restore_file, "vault.restore.guest.before vault.restore.guest.after", keeping.synced,
+        machine="vault.restore.guest.before",
+    ),
+    "trash": Operation(keeping.trash, "rm.trash.before rm.trash.after", keeping.with_twin, others=("twin",)),
+    "undelete": Operation(
+        keeping.undelete, "undelete.row.before undelete.row.after", keeping.trashed, others=("twin",)
+    ),
+    "payload-add": Operation(
+        keeping.add_payload,
+        "payload.add.recorded payload.give.before payload.give.after payload.volume.before payload.volume.after "
+        "payload.seed.before payload.seed.after payload.seeded.before payload.seeded.after",
+        keeping.without_payload, machine="payload.volume.after payload.seed.before",
+    ),
+    "payload-publish": Operation(
+        keeping.publish, "", keeping.with_payload,
+        machine="payload.publish.build.before payload.publish.exchange.before payload.publish.exchange.after",
+    ),
+    "payload-rm": Operation(
+        keeping.remove_payload,
+        "payload.take_out.before payload.take_out.after payload.rm.before payload.rm.after payload.unlock.before "
+        "payload.unlock.after",
+        keeping.with_payload, machine="payload.take_out.before", proof=keeping.let_go,
+        unraised="payload.unlock.before payload.unlock.after",
+    ),
+    "payload-purge": Operation(
+        keeping.purge_payload, "payload.forget.before payload.forget.after", keeping.with_new_payload,
+        others=("new",), proof=keeping.check_host,
     ),
 }  # fmt: skip
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.crash.world import COUNT, World
+from tests.crash.counting import COUNT, Count
+from tests.crash.world import World
 
 
 class Worlds:
@@ -57,7 +58,5 @@ def spoilt(worlds: Worlds) -> Iterator[World]:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if COUNT.faults:
-        terminalreporter.write_line(
-            f"crash points: {COUNT.faults} faults injected, {COUNT.states} states checked, {len(COUNT.losses)} losses"
-        )
+    if Count() != COUNT:
+        terminalreporter.write_line(str(COUNT))

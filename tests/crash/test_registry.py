@@ -7,6 +7,7 @@ from pathlib import Path
 
 import limpet
 from tests.crash.cases import cases
+from tests.crash.local import LOCAL
 from tests.crash.recoveries import RECOVERIES
 
 _SOURCES = Path(limpet.__file__).parent
@@ -18,5 +19,6 @@ def test_every_crash_point_in_the_sources_is_reached() -> None:
     named = re.findall(r'\bcrashpoint\("([^"]+)"\)', sources)
     assert len(named) == sources.count("crashpoint("), "the name of a crash point is a literal"
     tried = {case.point for case in cases() if case.action == "kill"}
-    tried |= {point for recovery in RECOVERIES.values() for point in recovery.points.split()}
+    tried |= {point for known in RECOVERIES.values() for point in f"{known.points} {known.more}".split()}
+    tried |= {point for operation in LOCAL.values() for point in operation.points.split()}
     assert set(named) == tried

@@ -20,7 +20,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,33 +28,18 @@ from limpet.client import Sandbox, _daemon
 from limpet.errors import LimpetError, NotFound
 from limpet.models import State
 from limpet.vmm import layers, lock
+from tests.crash.counting import COUNT, Loss
 
 Action = Literal["kill", "raise", "machine"]
 SHAPE: dict[str, Any] = {"memory_mib": 512, "vcpus": 2}  # one for all: every other one would need a template of its own
 EARLY = "early"  # label and token of the checkpoint that is there from the beginning
-_FILE = "/home/user/token"
+TOKEN = "/home/user/token"
 _MEMORY = "/dev/shm/token"
 _SETTLE_S = 10.0  # for what was cut off to end by itself: one-off VMs, helpers of a killed daemon
 _SKEW_S = 1.0
 _DEATH_S = 40.0  # within which an operation has to reach the armed point
 _MINE = {"orphans", "leftovers", "checkpoints"}  # the doctor's rows that speak of what a crash may leave
 _RUNNING = (State.RUNNING, State.PAUSED)
-
-
-@dataclass
-class Count:
-    """What all runs of one session did."""
-
-    faults: int = 0
-    states: int = 0
-    losses: list[str] = field(default_factory=list)
-
-
-COUNT = Count()
-
-
-class Loss(AssertionError):
-    """Something that was promised is not there, or something is there that should not be."""
 
 
 class World:
@@ -66,6 +50,7 @@ class World:
         self.client = Client(home=self.home, autostart=False)
         self.orders = self.home / "orders"
         self.token = EARLY
+        self.generation = 0  # the newest that was seen
         os.environ["LIMPET_CRASHPOINTS"] = str(self.orders)  # daemons inherit it
         try:
             self._begin()
@@ -97,11 +82,11 @@ class World:
         return _state(daemon) in "ZX" and not self.alive()
 
     def die_starting(self, point: str) -> None:
-        """Start a daemon that is killed before it serves."""
+        """Start a daemon that is killed before it serves, or soon after."""
         self.arm(point, "kill")
         with contextlib.suppress(LimpetError):
             self.start()
-        _demand(not self.armed, f"{point} was not reached")
+        until(lambda: not self.armed and not self.alive(), _DEATH_S, f"{point} was not reached")
         COUNT.faults += 1
 
     def start_changed(self, patch: str) -> None:
@@ -178,13 +163,13 @@ class World:
 
     def write(self, token: str) -> None:
         """Let the box hold a new token, durably on its disk and fleetingly in its memory."""
-        line = f"echo {token} > {_FILE}; echo {token} > {_MEMORY}; sync"
+        line = f"echo {token} > {TOKEN}; echo {token} > {_MEMORY}; sync"
         self.box.exec(["sh", "-c", line]).check()
         self.token = token
 
     def read(self, sandbox: Sandbox) -> tuple[str, str]:
         """The tokens on the disk and in the memory of a sandbox (there none after a boot)."""
-        found = sandbox.exec(["sh", "-c", f"cat {_FILE}; cat {_MEMORY} 2>/dev/null || echo none"]).check().text
+        found = sandbox.exec(["sh", "-c", f"cat {TOKEN}; cat {_MEMORY} 2>/dev/null || echo none"]).check().text
         on_disk, in_memory = found.split()
         return on_disk, in_memory
 
@@ -197,10 +182,14 @@ class World:
         sandbox.wake()
 
     def gone(self, *names: str) -> None:
-        """Remove sandboxes, if they are there."""
+        """Remove sandboxes for good, if they are there."""
         for name in names:
             with contextlib.suppress(NotFound):
-                self.client.sandboxes.get(name).remove(force=True)
+                self.client.sandboxes.get(name).remove(force=True, purge=True)
+
+    def empty_trash(self) -> None:
+        self.client.trash.empty()
+        _demand(self.client.trash.list() == [], "the trash is not empty")
 
     def forget_checkpoints(self) -> None:
         """Remove all but the early one."""
@@ -222,6 +211,10 @@ class World:
         self.disarm()
         self.ready()
         self.gone("twin", "back", "new")
+        self.empty_trash()
+        for payload in self.box.payloads.list():
+            self.box.payloads.remove(payload.payload.id)
+        self.client.config.set("sync.auto", "on")
         self.forget_checkpoints()
 
     def close(self) -> None:
@@ -250,6 +243,7 @@ class World:
             self._check_machines()
             self._check_files()
             self._check_checkpoints()
+            self.check_vault()
             self._check_data(memory, goes_back)
         except (Loss, LimpetError) as error:
             COUNT.losses.append(str(error))
@@ -305,6 +299,14 @@ class World:
         for checkpoint in ids:
             verified = self.client.checkpoints.verify(checkpoint)
             _demand(verified.ok, f"checkpoint {checkpoint}: {verified.problems}")
+
+    def check_vault(self) -> None:
+        """Every byte of every generation, and none that was acknowledged is gone."""
+        (found,) = self.client.vaults.check("box")
+        _demand(found.ok, f"the vault: {found.problems}")
+        newest = max((known.generation for known in self.box.vault.history()), default=0)
+        _demand(newest >= self.generation, f"generation {self.generation} was acknowledged, {newest} is the newest")
+        self.generation = newest
 
     def _check_data(self, memory: bool, goes_back: bool) -> None:
         saved = any(info.made_by == "restore" for info in self.client.checkpoints.list())
