@@ -179,8 +179,10 @@ class Publisher:
             durable.exchange(self.staging, self.directory)
         except Unimplemented:
             durable.rename(self.directory, self._aside)
+            durable.sync_directory(self.directory.parent)  # each of the three names depends on the one before
             crashpoint("payload.publish.aside.after")
             durable.rename(self.staging, self.directory)
+            durable.sync_directory(self.directory.parent)
             durable.rename(self._aside, self.staging)
         except OSError as error:
             raise FailedPrecondition(
