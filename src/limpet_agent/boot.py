@@ -14,9 +14,11 @@ from limpet_agent.agentlog import Log
 from limpet_agent.config import Config
 from limpet_agent.signals import native as signal
 
-_SYSCTLS = {  # write back early: what a killed machine may lose, see docs
-    "vm/dirty_expire_centisecs": "100",
-    "vm/dirty_writeback_centisecs": "100",
+# Write back early: what a killed machine may lose is what was dirtied within both of these and the second after which
+# the file systems commit (commit=1), together less than two (D2 in docs/durability.md).
+_SYSCTLS = {
+    "vm/dirty_expire_centisecs": "40",
+    "vm/dirty_writeback_centisecs": "40",
 }
 _MOUNTS = (  # what the initramfs may have left to us
     ("/dev/pts", "devpts", "mode=620,ptmxmode=666,gid=5"),
