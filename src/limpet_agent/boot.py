@@ -17,8 +17,8 @@ from limpet_agent.signals import native as signal
 # Write back early: what a killed machine may lose is what was dirtied within both of these and the second after which
 # the file systems commit (commit=1), together less than two (D2 in docs/durability.md).
 _SYSCTLS = {
-    "vm/dirty_expire_centisecs": "40",
-    "vm/dirty_writeback_centisecs": "40",
+    "vm/dirty_expire_centisecs": "25",
+    "vm/dirty_writeback_centisecs": "25",
 }
 _MOUNTS = (  # what the initramfs may have left to us
     ("/dev/pts", "devpts", "mode=620,ptmxmode=666,gid=5"),
