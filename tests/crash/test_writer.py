@@ -83,7 +83,8 @@ def killed_under(box: Sandbox, how: str, pause: float, seconds: float, where: st
 
 
 def found(box: Sandbox, where: str = _HOME) -> tuple[list[int], float, int]:
-    """After a new start: the numbers of the lines that are there, when the last was written, and the file's number."""
+    """After a new start: the numbers of the lines that are there, when the last was written, and the file's number (0
+    when it has none)."""
     box.wake()
     text = box.exec(f"cat {where}/lines 2>/dev/null", user="root", cwd="/").text
     whole = text[: text.rfind("\n") + 1]  # what was not synced may end at the end of a page, within a line
@@ -92,7 +93,7 @@ def found(box: Sandbox, where: str = _HOME) -> tuple[list[int], float, int]:
     COUNT.states += 1
     demand(bool(lines), "all lines are lost")
     demand(all(len(line) == 2 for line in lines), "there are holes in what was written")
-    return [int(number) for number, _ in lines], float(lines[-1][1]), int(current)
+    return [int(number) for number, _ in lines], float(lines[-1][1]), int(current) if current.strip().isdigit() else 0
 
 
 def demand(condition: bool, complaint: str) -> None:
