@@ -37,6 +37,7 @@ TOKEN = "/home/user/token"
 _MEMORY = "/dev/shm/token"
 _SETTLE_S = 10.0  # for what was cut off to end by itself: one-off VMs, helpers of a killed daemon
 _SKEW_S = 1.0
+_SYNC_S = 5.0  # within which a sync that is under way has ended
 _DEATH_S = 40.0  # within which an operation has to reach the armed point
 _MINE = {"orphans", "leftovers", "checkpoints"}  # the doctor's rows that speak of what a crash may leave
 _RUNNING = (State.RUNNING, State.PAUSED)
@@ -291,6 +292,10 @@ class World:
         _demand(not rows, "; ".join(f"{row.check}: {row.detail}" for row in rows))
         roots = [self.home / "data", self.home / "cache" / "templates"]
         strays = [stray for root in roots for stray in root.rglob(".tmp-*")]
+        deadline = time.monotonic() + _SYNC_S
+        while strays and time.monotonic() < deadline:  # a sync may be at it just now
+            time.sleep(0.1)
+            strays = [stray for stray in strays if stray.exists()]
         _demand(not strays, f"left behind: {[str(stray) for stray in strays]}")
 
     def _check_checkpoints(self) -> None:
