@@ -7,14 +7,16 @@ import json
 import os
 import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from limpet import Client
 from limpet.client import ExecHandle, Sandbox
-from limpet.paths import discover
+from limpet.guest import Agent, Channel
+from limpet.paths import SandboxPaths, discover
 from limpet.vmm import layers
-from tests.conftest import run_cli
+from tests.conftest import leave_home, new_home, run_cli
 
 # Counts in memory, line by line: shows that a process lived on, stood still, or went back.
 _COUNT = "while :; do echo >> /dev/shm/count; sleep 0.2; done"
@@ -120,3 +122,26 @@ def _remains(client: Client) -> list[str]:
     rows = client.doctor().rows
     watched = [row for row in rows if row.check in ("orphans", "leftovers", "checkpoints")]
     return [row.detail for row in watched if row.status != "PASS"]
+
+
+@contextlib.contextmanager
+def alone(pieces: Path, **spec: Any) -> Iterator[SandboxPaths]:
+    """The files and sockets of a sandbox that runs without a daemon."""
+    home = new_home(pieces)
+    try:
+        with Client(home=home) as client:
+            box = client.sandboxes.create("alone", memory_mib=512, **spec)
+            client.shutdown()
+        yield discover(home).sandbox(box.info.id)
+    finally:
+        leave_home(home)
+
+
+@contextlib.asynccontextmanager
+async def connected(guest: SandboxPaths) -> AsyncIterator[Agent]:
+    """The agent of such a sandbox."""
+    channel = await Channel.connect(guest.channel, intake=guest.intake, timeout=15)
+    try:
+        yield Agent(channel)
+    finally:
+        await channel.close()

@@ -10,15 +10,13 @@ import os
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 
-from limpet import Client
-from limpet.guest import Agent, Channel, Identity
-from limpet.paths import SandboxPaths, discover
-from tests.conftest import leave_home, new_home
+from limpet.guest import Agent, Identity
+from limpet.paths import SandboxPaths
+from tests.vm.kit import alone, connected
 
 pytestmark = pytest.mark.vm
 
@@ -45,24 +43,8 @@ _FIELDS = [
 
 @pytest.fixture(scope="module")
 def guest(pieces: Path) -> Iterator[SandboxPaths]:
-    """The files and sockets of a sandbox that runs without a daemon."""
-    home = new_home(pieces)
-    try:
-        with Client(home=home) as client:
-            box = client.sandboxes.create("alone", memory_mib=512)
-            client.shutdown()
-        yield discover(home).sandbox(box.info.id)
-    finally:
-        leave_home(home)
-
-
-@asynccontextmanager
-async def connected(guest: SandboxPaths) -> AsyncIterator[Agent]:
-    channel = await Channel.connect(guest.channel, intake=guest.intake, timeout=15)
-    try:
-        yield Agent(channel)
-    finally:
-        await channel.close()
+    with alone(pieces) as files:
+        yield files
 
 
 async def shell(agent: Agent, script: str) -> str:

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import pytest
 
-from limpet import Client, errors
-from limpet.guest import Agent, Channel
+from limpet import errors
+from limpet.guest import Agent
 from limpet.guest.execs import GuestExec
 from limpet.guest.volumes import NamedSnapshot, Volumes
-from limpet.paths import SandboxPaths, discover
-from tests.conftest import leave_home, new_home
+from limpet.paths import SandboxPaths
+from tests.vm.kit import alone, connected
 
 pytestmark = pytest.mark.vm
 
@@ -76,24 +76,8 @@ while True:
 
 @pytest.fixture(scope="module")
 def guest(pieces: Path) -> Iterator[SandboxPaths]:
-    """The files and sockets of a sandbox that runs without a daemon."""
-    home = new_home(pieces)
-    try:
-        with Client(home=home) as client:
-            box = client.sandboxes.create("alone", memory_mib=512, network="none")
-            client.shutdown()
-        yield discover(home).sandbox(box.info.id)
-    finally:
-        leave_home(home)
-
-
-@asynccontextmanager
-async def connected(guest: SandboxPaths) -> AsyncIterator[Agent]:
-    channel = await Channel.connect(guest.channel, intake=guest.intake, timeout=15)
-    try:
-        yield Agent(channel)
-    finally:
-        await channel.close()
+    with alone(pieces, network="none") as files:
+        yield files
 
 
 @asynccontextmanager

@@ -33,7 +33,7 @@ from limpet.services.payloads.locking import Lock
 from limpet.services.payloads.marker import Marker
 from limpet.services.payloads.publishing import Publisher
 from limpet.services.payloads.scanning import Scan, scan
-from limpet.services.payloads.state import PayloadState, Published, States, lock_name, volume_of
+from limpet.services.payloads.state import PayloadState, Published, States, is_payload, lock_name, volume_of
 from limpet.services.vaulttable import VaultTable
 from limpet.store import SandboxRecord
 from limpet.threads import Workers, to_its_end
@@ -200,7 +200,7 @@ class Attachments:
         volumes = head.volumes if head is not None else {}
         return {
             name: os.fsdecode(info.mount) for name, info in volumes.items()
-            if name.startswith("payload-") and name not in own
+            if is_payload(name) and name not in own
         }  # fmt: skip
 
     def doomed(self, record: SandboxRecord) -> list[PayloadState]:

@@ -15,6 +15,7 @@ from typing import Literal
 from pydantic import BaseModel, ValidationError
 
 from limpet import durable
+from limpet.services.generations import PAYLOAD
 from limpet.services.payloads import marker
 from limpet.services.payloads.scanning import Scan
 
@@ -104,7 +105,12 @@ def short_id(payload: str) -> str:
 
 def volume_of(payload: str) -> str:
     """The name of a payload's volume in the guest."""
-    return f"payload-{short_id(payload)}"
+    return f"{PAYLOAD}{short_id(payload)}"
+
+
+def is_payload(volume: str) -> bool:
+    """Whether a guest's volume is that of some payload."""
+    return volume.startswith(PAYLOAD)
 
 
 def lock_name(payload: str) -> str:
