@@ -23,7 +23,9 @@ from limpet.services.catalogue import Catalogue
 from limpet.services.checkpoints import Checkpoints
 from limpet.services.commits import Commits
 from limpet.services.config import Config
+from limpet.services.dockersockets import DockerSockets
 from limpet.services.doctor import Doctor
+from limpet.services.engines import Engines
 from limpet.services.events import Events
 from limpet.services.execs import Execs
 from limpet.services.files import Files
@@ -40,6 +42,7 @@ from limpet.services.ports import Ports
 from limpet.services.reconcile import reconcile
 from limpet.services.records import Records
 from limpet.services.restoring import Restoring
+from limpet.services.runtime import Runtimes
 from limpet.services.sandboxes import Sandboxes
 from limpet.services.standing import Standing
 from limpet.services.starting import Starter
@@ -105,6 +108,7 @@ async def run(where: paths.Paths) -> None:
             await parts.pool.close()
             await parts.syncing.close()
             await host.payloads.close()
+            await host.engines.close()
             await parts.vaults.close()
             await let_go(host)
     finally:
@@ -129,6 +133,7 @@ def build_host(where: paths.Paths, store: Store) -> Host:
     """The shared parts, once."""
     records, live, layers = Records(store), LiveTable(), Layers(where.layers)
     events, vaults = Events(store), VaultTable(where.vaults)
+    engines = Engines(records, events)
     return Host(
         paths=where,
         records=records,
@@ -143,6 +148,8 @@ def build_host(where: paths.Paths, store: Store) -> Host:
         vaults=vaults,
         config=Config(store),
         payloads=Attachments(where, events, vaults),
+        engines=engines,
+        docker_sockets=DockerSockets(records, engines.ensure_now),
     )
 
 
@@ -177,6 +184,7 @@ def build_services(host: Host, parts: Parts, end: Callable[[], None]) -> Service
         images=Images(host, storage),
         doctor=Doctor(host, parts.vaults),
         trash=Trash(host),
+        runtimes=Runtimes(host, parts.sandboxes),
         syncing=parts.syncing,
         vaults=parts.vaults,
         payloads=parts.payloads,
@@ -192,6 +200,7 @@ async def let_go(host: Host) -> None:
         if vm.watcher is not None:
             vm.watcher.cancel()
         await host.ports.withdraw(vm.sandbox_id)
+        await host.docker_sockets.close(vm.sandbox_id)
         await vm.close()
         await vm.machine.close()
 

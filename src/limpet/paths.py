@@ -34,6 +34,7 @@
       daemon.err                what the daemon wrote to stderr: why it could not start
       daemon.json               pid, version and start time of the daemon
       vm/<short>/qmp, chan      a VM's sockets
+      vm/<short>/docker.sock    the Docker API of its guest, served by the daemon
 
 `LIMPET_HOME` puts all three under one directory. Unix socket paths hold at most 107 bytes (unix(7)): when `run` is
 too deep for them, sockets move to a 0700 directory in /tmp named after a hash of it.
@@ -49,7 +50,7 @@ from pathlib import Path
 
 from limpet.errors import FailedPrecondition
 
-_LONGEST_SOCKET = len("/vm/0123456789ab/chan")
+_LONGEST_SOCKET = len("/vm/0123456789ab/docker.sock")
 _SUN_PATH_MAX = 107  # bytes, unix(7): sun_path[108] with its final NUL
 _ELSEWHERE = "set LIMPET_HOME to a directory you can write to"
 
@@ -101,6 +102,10 @@ class SandboxPaths:
     @property
     def channel(self) -> Path:
         return self.sockets / "chan"
+
+    @property
+    def docker_socket(self) -> Path:
+        return self.sockets / "docker.sock"
 
 
 @dataclass(frozen=True)

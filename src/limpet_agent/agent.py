@@ -9,6 +9,7 @@ from _thread import allocate_lock, start_new_thread
 from limpet_agent import PROTOCOL, VERSION, links, system
 from limpet_agent.agentlog import Log
 from limpet_agent.config import Config
+from limpet_agent.doorstep import Doorstep
 from limpet_agent.execs import Execs
 from limpet_agent.faults import Fault, Gone, from_os
 from limpet_agent.intake import Intake
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from limpet_agent.freezing import Standstill
+    from limpet_agent.runtime import Runtime
     from limpet_agent.volumes import Volumes
 
     Params = dict[str, Any]
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
 _DATA_PATIENCE = 30.0  # seconds that operations wait for the data disk
 _DATA_LOOK = 0.01
 _FROZEN_AT_MOST = 30.0  # seconds
+# Part of the end of every machine: those without a container runtime answer at once, without importing it.
+_NO_RUNTIME: dict[str, Params] = {"stop": {"stopped": [], "killed": []}, "go_on": {"ok": True}}
 
 
 class Agent:
@@ -56,6 +60,8 @@ class Agent:
         link = self._link(listener)
         self._standstill: Standstill | None = None
         self._volumes: Volumes | None = None
+        self._runtime: Runtime | None = None
+        self._doorstep = Doorstep(config.docker)
         self._host = link
         self.mux = Mux(link, self._opened, self._open_intake, self.log)
         self.loop.before_wait = self.mux.flush
@@ -68,13 +74,15 @@ class Agent:
         self._after_data: dict[str, Callable[[Stream, Params], None]] = {
             "exec.start": execs.op_start, "exec.attach": execs.op_attach, "exec.list": execs.op_list,
             "exec.get": execs.op_get, "exec.signal": execs.op_signal, "exec.wait": execs.op_wait,
-            "exec.stdin": execs.op_stdin, "tcp.connect": self._tcp, "sync": self._of_files("sync"),
-            "fs.freeze": self._freeze, "vol.watch": self._watch_volumes,
+            "exec.stdin": execs.op_stdin, "tcp.connect": self._connect_tcp, "sync": self._of_files("sync"),
+            "unix.connect": self._connect_unix, "fs.freeze": self._freeze, "vol.watch": self._watch_volumes,
         }  # fmt: skip
         for name in ("stat", "list", "read", "write", "mkdir", "rename", "remove", "pack", "unpack"):
             self._after_data["fs." + name] = self._of_files(name)
         for name in ("state", "snapshot", "send", "forget", "create", "remove"):
             self._after_data["vol." + name] = self._of_volumes(name)
+        for name in ("ensure", "status", "stop", "go_on", "log", "containers"):
+            self._after_data["rt." + name] = self._of_runtime(name)
         self.loop.watch(supervisor.fileno(), IN, self._told)
         link.start()
 
@@ -166,6 +174,38 @@ class Agent:
             self._volumes = Volumes(self.loop, self.config.data, self.log)
         return self._volumes
 
+    def _of_runtime(self, name: str) -> Callable[[Stream, Params], None]:
+        def handle(stream: Stream, params: Params) -> None:
+            if name in _NO_RUNTIME and not self._uses_runtime():
+                stream.answer(_NO_RUNTIME[name])
+            else:
+                self._in_thread(name, self._have_runtime().operations[name], stream, params)
+
+        return handle
+
+    def _uses_runtime(self) -> bool:
+        return self._runtime is not None or any(map(os.path.exists, (self.config.autostart, self.config.docker)))
+
+    def _have_runtime(self) -> Runtime:
+        from limpet_agent.runtime import Runtime
+
+        if self._runtime is None:
+            self._runtime = Runtime(self.loop, self.config, self.log, self._doorstep)
+        return self._runtime
+
+    def _let_wait(self) -> None:
+        """Commands that use the container engine find it, or wait for it."""
+        try:
+            self._doorstep.open()
+        except OSError as error:
+            self.log("no doorstep", error=repr(error))
+
+    def _bring_runtime_back(self) -> None:
+        """In a thread of its own: the loop need not wait for the imports."""
+        from limpet_agent import runtime  # noqa: F401
+
+        self.loop.from_thread(lambda: self._have_runtime().come_back())
+
     def _in_thread(
         self, name: str, operation: Callable[[Worker, Params], None], stream: Stream, params: Params
     ) -> None:  # fmt: skip
@@ -213,10 +253,15 @@ class Agent:
             stream.send(text[at : at + (64 << 10)])
         stream.end()
 
-    def _tcp(self, stream: Stream, params: Params) -> None:
-        from limpet_agent import tcp
+    def _connect_tcp(self, stream: Stream, params: Params) -> None:
+        from limpet_agent import relay
 
-        tcp.connect(self.loop, stream, params)
+        relay.connect_tcp(self.loop, stream, params)
+
+    def _connect_unix(self, stream: Stream, params: Params) -> None:
+        from limpet_agent import relay
+
+        relay.connect_unix(self.loop, stream, params)
 
     def _poweroff(self, stream: Stream, _params: Params) -> None:
         stream.answer({"ok": True})
@@ -302,7 +347,12 @@ class Agent:
             self.loop.after(_DATA_LOOK, self._look_for_data)
             return
         self.log("data disk", state=self._data)
+        comes_back = os.path.exists(self.config.autostart)
+        if comes_back:
+            self._let_wait()
         self._release()
+        if comes_back:
+            start_new_thread(self._bring_runtime_back, ())
 
     def _release(self) -> None:
         """Begin with what had to wait."""

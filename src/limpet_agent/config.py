@@ -13,6 +13,9 @@ class Config:
         self.log = run + "/agent.log"
         self.marks = run + "/boot"  # data-ready, data-failed: left by the initramfs
         self.data = run + "/data"  # the data disk's file system, all of it
+        self.autostart = state + "/runtime/autostart"  # while it is there, the container runtime comes with the machine
+        self.sockets = run if listen is not None else "/run"  # of the runtime: not those of a machine that is not ours
+        self.docker = self.sockets + "/docker.sock"
         self.tools = "/run/limpet/agent/bin"
 
     @property

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 
-from limpet_agent import btrfs, files
+from limpet_agent import btrfs, files, libc
 from limpet_agent.faults import Fault
 
 TYPE_CHECKING = False
@@ -48,20 +48,26 @@ def create(volumes: Volumes, worker: Worker, params: Params) -> None:
     name, place = _payload(params), files.path_of(params, "mount")
     uid, gid = files.number(params, "uid") or 0, files.number(params, "gid") or 0
     volumes.require_disk()
+    worker.send_message({"created": attach(volumes.top, name, place, uid, gid)})
+
+
+def attach(top: str, name: str, place: str, uid: int = 0, gid: int = 0) -> bool:
+    """See that the subvolume `@name` of the file system at `top` is there, mounted at `place`; whether it is new.
+    Raises Fault(failed_precondition) when something else is there, OSError."""
     place = os.path.realpath(place)
     root = f"/@{name}"
-    found = [path for what, path in mounts(volumes.top) if what == root]
+    found = [path for what, path in mounts(top) if what == root]
     if found and found != [place]:
         raise Fault("failed_precondition", f"{name} is mounted at {found[0]} already")
     if not found:
         _require_free(place)
-    created = not os.path.isdir(volumes.top + root)
+    created = not os.path.isdir(top + root)
     if created:
-        _make(volumes.top, root[1:], uid, gid)
+        _make(top, root[1:], uid, gid)
     if not found:
         files.make_directories(place, None)
-        _call("mount", (volumes.top + root).encode(), os.fsencode(place), None, _MS_BIND, None)
-    worker.send_message({"created": created})
+        libc.mount((top + root).encode(), os.fsencode(place), flags=_MS_BIND)
+    return created
 
 
 def _payload(params: Params) -> str:
@@ -112,7 +118,7 @@ def remove(volumes: Volumes, worker: Worker, params: Params) -> None:
 def _unmount(place: str) -> None:
     device = os.stat(place).st_dev
     try:
-        _call("umount2", os.fsencode(place), _UMOUNT_NOFOLLOW)
+        libc.unmount(os.fsencode(place), _UMOUNT_NOFOLLOW)
     except OSError as error:
         if error.errno != errno.EBUSY:
             raise
@@ -154,13 +160,3 @@ def _destroy(top: str, name: str) -> None:
         raise
     finally:
         os.close(directory)
-
-
-def _call(function: str, *arguments: object) -> None:
-    """A system call that the standard library lacks. Raises OSError."""
-    import ctypes
-
-    libc = ctypes.CDLL(None, use_errno=True)
-    if getattr(libc, function)(*arguments):
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number), function)

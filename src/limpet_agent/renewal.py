@@ -32,7 +32,7 @@ def warm() -> None:
     import array  # noqa: F401
     import ctypes
 
-    from limpet_agent import files, freezing, mounting, tarread, tarwrite, tcp, volumes  # noqa: F401
+    from limpet_agent import files, freezing, mounting, relay, runtime, tarread, tarwrite, volumes  # noqa: F401
 
     ctypes.CDLL(None)
 

@@ -81,11 +81,18 @@ class Stream:
             self._mux.drop(self)
             self._mux.control(self.number, frames.RESET, codec.dumps(fault.to_dict()))
 
-    def took(self, charge: int) -> None:
-        """The consumer is done with bytes that cost `charge`: let the host send as many more."""
+    def break_off(self, fault: Fault) -> None:
+        """End the stream with an error, after what is queued."""
+        if self.open and not self._finished:
+            self._finished = True
+            self._put(frames.RESET, codec.dumps(fault.to_dict()))
+
+    def took(self, charge: int, *, at_once: bool = False) -> None:
+        """The consumer is done with bytes that cost `charge`: let the host send as many more. `at_once`: tell it now,
+        though it be little: references keep slots of the intake disk from others, on a stream that may then be idle."""
         self._window += charge
         self._owed += charge
-        if self._owed >= _RETURN_AT and self.open and not self.ended:
+        if self.open and (at_once or (self._owed >= _RETURN_AT and not self.ended)):
             self._mux.control(self.number, frames.CREDIT, frames.COUNT.pack(self._owed))
             self._owed = 0
 
@@ -149,7 +156,7 @@ class Stream:
             raise Fault("bad_request", f"unexpected {frames.NAMES[kind]}")
 
     def sent_all(self) -> bool:
-        """Whether our END has gone out. For the mux only."""
+        """Whether our END has gone out."""
         return self._finished and not self._outbox
 
 
@@ -236,7 +243,7 @@ class Mux:
                 continue
             kind, payload = frame
             if stream.sent_all():
-                if stream.ended:
+                if stream.ended or kind == frames.RESET:
                     self.drop(stream)
             elif stream not in self._ready:
                 self._ready.append(stream)
@@ -302,6 +309,8 @@ class Mux:
         self._drop_all()
         self._pending.clear()
         self._control.clear()
+        # The port may tell of a host that left only when the next one has begun: it must hear that its streams are gone
+        self._control.append(frames.hello())
 
     def _drop_all(self) -> None:
         self._ready.clear()

@@ -18,6 +18,7 @@ from limpet.models import (
     ForkFailure,
     ForkRequest,
     ForkResult,
+    ImageBuildRequest,
     ImageFileRequest,
     ImageInfo,
     ImageVersion,
@@ -187,6 +188,7 @@ class PlayedImages:
         self._operations = operations
         self.known = {image.name: image for image in map(played_image, ("base", "served", "broken"))}
         self.files: list[ImageFileRequest] = []
+        self.builds: list[ImageBuildRequest] = []
 
     async def list(self) -> Sequence[ImageInfo]:
         return [*self.known.values()]
@@ -219,6 +221,13 @@ class PlayedImages:
         return begin(
             self._operations, "verify", image, VerifyResult(id=info.digest, ok=not problems, problems=problems)
         )
+
+    async def build(self, request: ImageBuildRequest) -> Operation:
+        if request.name not in ("base", "docker"):
+            raise NotFound(f"no recipe {request.name!r}", hint=nearest(request.name, ["base", "docker"]))
+        self.builds.append(request)
+        made = self.known[request.name] = played_image(request.name)
+        return begin(self._operations, "image build", request.name, made)
 
     async def export(self, image: str, request: ImageFileRequest) -> Operation:
         info = await self.get(image)

@@ -23,6 +23,7 @@ from limpet.services.events import Events
 from limpet.services.operations import Operations
 from limpet.store import Store
 from tests.contract.local_moments import PlayedCheckpoints, PlayedImages, PlayedStorage, PlayedTemplates
+from tests.contract.local_runtime import PlayedRuntimes
 from tests.contract.local_services import (
     DirectoryFiles,
     LocalStats,
@@ -72,6 +73,7 @@ class Running:
         self.images, self.storage = PlayedImages(self.operations), PlayedStorage(self.operations)
         self.vaults, self.payloads = PlayedVaults(self.sandboxes), PlayedPayloads(self.sandboxes)
         self.trash = PlayedTrash(self.sandboxes)
+        self.runtimes = PlayedRuntimes(self.sandboxes)
         self.sandboxes.removed = self.trash.take
         nothing = cast(Any, None)
         services = Services(
@@ -81,6 +83,7 @@ class Running:
             templates=PlayedTemplates(self.operations), config=Config(store), storage=self.storage, doctor=nothing,
             stats=LocalStats(), operations=self.operations, events=self.events, vaults=self.vaults,
             syncing=PlayedSyncing(self.sandboxes), payloads=self.payloads, trash=self.trash,
+            runtimes=self.runtimes,
         )  # fmt: skip
         try:
             async with serving(create_app(services), self.socket, ping=0.1):

@@ -90,6 +90,9 @@ def test_commit_and_images(client: httpx.Client, server: Running) -> None:
     assert client.post("/v1/images/prune").json()["removed"] == ["base@sha256:11"]
     assert refusal(client.get("/v1/images/prune"))[0] == "not_found"  # an image may have that name
     assert result(client, client.post("/v1/images/broken/verify"))["ok"] is False
+    assert result(client, client.post("/v1/images/build", json={"name": "docker", "force": True}))["name"] == "docker"
+    assert refusal(client.post("/v1/images/build", json={"name": "dokcer"}))[0] == "not_found"
+    assert [(one.name, one.force) for one in server.images.builds] == [("docker", True)]
     assert result(client, client.post("/v1/images/import", json={"path": "/x/far.tar"}))["name"] == "far"
     assert result(client, client.post("/v1/images/far/export", json={"path": "/x/far.limpet"}))["name"] == "far"
     assert [request.path for request in server.images.files] == ["/x/far.tar", "/x/far.limpet"]

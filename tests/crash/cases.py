@@ -322,7 +322,8 @@ OPERATIONS = {
     "undo": Operation(undo, "restore.disks.after", states=(R, X), memory=False, goes_back=True),
     "restore-as": Operation(restore_as, "start.disks.after start.launch.after", others=("back",)),
     "stop": Operation(
-        stop, "stop.flush.before stop.off.after", machine="stop.flush.before", states=(R, X), memory=False
+        stop, "stop.flush.before stop.runtime.before stop.runtime.after stop.off.after",
+        machine="stop.flush.before", unraised="stop.runtime.before stop.runtime.after", states=(R, X), memory=False,
     ),
     "start": Operation(wake, "start.launch.after", stopped, "start.launch.after", states=(R, X), memory=False),
     "kill": Operation(kill, "kill.signal.before kill.signal.after", states=(R, X), memory=False),

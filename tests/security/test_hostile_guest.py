@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import tempfile
 import tracemalloc
 from collections.abc import Awaitable, Callable
@@ -15,6 +16,8 @@ import pytest
 from limpet import errors
 from limpet.guest import Agent, Channel
 from limpet.guest import mux as mux_module
+from limpet.guest import streams as streams_module
+from limpet.services import relay
 from limpet_agent import frames
 
 Script = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
@@ -302,3 +305,64 @@ def test_a_command_whose_story_makes_no_sense_is_a_typed_error(events: list[dict
                 pass
 
     asyncio.run(_with_guest(_answering(*answers), work))
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [
+        [(frames.DATA, b"HTTP/1.1 200 OK\r\n\r\n")],
+        [(frames.END, b"")],
+        [(frames.MSG, b'{"connected": 1}')],
+        [(frames.MSG, b'{"connected": false}')],
+        [(frames.MSG, b"[]")],
+        [(frames.RESET, b"garbage")],
+        [],
+    ],
+)
+def test_a_connection_into_the_guest_that_is_none_is_a_typed_error(
+    answers: list[tuple[int, bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GST-2, RUN-6"""
+    monkeypatch.setattr(streams_module, "PATIENCE", 0.3)
+
+    async def work(channel: Channel) -> None:
+        with pytest.raises(errors.Unavailable):
+            await Agent(channel).connect_unix("/run/docker.sock")
+
+    asyncio.run(_with_guest(_answering(*answers), work))
+
+
+@pytest.mark.parametrize(
+    "kinds", [[frames.DATA] * 64, [frames.MSG], [frames.CREDIT], [frames.REF], [frames.END, frames.DATA]]
+)
+def test_a_connection_whose_guest_breaks_the_rules_ends_in_bounded_memory(kinds: list[int]) -> None:
+    """GST-2, RUN-6: the client reads nothing meanwhile; it gets what was right, and then the end."""
+    payloads = {frames.DATA: bytes(1 << 20), frames.MSG: b"{}", frames.REF: bytes(16),
+                frames.CREDIT: b"\xff\xff\xff\xff", frames.END: b""}  # fmt: skip
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        stream = await _request(reader)
+        writer.write(frames.encode(stream, frames.MSG, b'{"connected": true}'))
+        for _ in range(4):
+            for kind in kinds:
+                writer.write(frames.encode(stream, kind, payloads[kind]))
+                await writer.drain()
+
+    async def work(channel: Channel) -> None:
+        stream = await Agent(channel).connect_unix("/run/docker.sock")
+        mine, theirs = socket.socketpair()
+        with theirs:
+            reader, writer = await asyncio.open_unix_connection(sock=mine)
+            tracemalloc.start()
+            carrying = asyncio.create_task(relay.carry(reader, writer, stream))
+            await asyncio.sleep(0.3)
+            _, peak = tracemalloc.get_traced_memory()
+            tracemalloc.stop()
+            assert peak < 12 << 20
+            rest = asyncio.create_task(asyncio.to_thread(lambda: [*iter(lambda: theirs.recv(1 << 20), b"")]))
+            with pytest.raises(errors.Unavailable, match="nonsense"):
+                await carrying
+            writer.transport.abort()
+            await rest
+
+    asyncio.run(_with_guest(script, work))

@@ -47,6 +47,7 @@ from limpet.services.operations import Operations, Stages
 from limpet.services.streams import PatchBody
 from limpet.store import Store
 from tests.contract.local_moments import PlayedCheckpoints, PlayedImages, PlayedStorage, PlayedTemplates
+from tests.contract.local_runtime import PlayedRuntimes
 from tests.contract.local_services import LocalStats, LocalSystem
 from tests.contract.local_vaults import PlayedPayloads, PlayedSyncing, PlayedTrash, PlayedVaults
 
@@ -177,6 +178,7 @@ class StandIn:
         self.images, self.storage = PlayedImages(self.operations), PlayedStorage(self.operations)
         self.vaults, self.payloads = PlayedVaults(self.boxes), PlayedPayloads(self.boxes)
         self.trash, syncing = PlayedTrash(self.boxes), PlayedSyncing(self.boxes)
+        self.runtimes = PlayedRuntimes(self.boxes)
         self.boxes.removed, syncing.payloads = self.trash.take, self.payloads
         services = Services(
             system=PlayedSystem(self.paths.data, self.operations, self._end.set), sandboxes=self.boxes,
@@ -186,6 +188,7 @@ class StandIn:
             templates=PlayedTemplates(self.operations), config=Config(store), storage=self.storage,
             doctor=PlayedDoctor(), stats=LocalStats(), operations=self.operations, events=self.events,
             syncing=syncing, vaults=self.vaults, payloads=self.payloads, trash=self.trash,
+            runtimes=self.runtimes,
         )  # fmt: skip
         try:
             async with serving(create_app(services), self.paths.daemon_socket):

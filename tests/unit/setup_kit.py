@@ -4,13 +4,15 @@ staging and the publishing are the real ones. Run as a program it is a setup tha
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from unittest import mock
 
-from limpet.images import agent_disk, base, blank, initramfs, kernel, pieces, requirements, setup
+from limpet.images import agent_disk, blank, debian, initramfs, kernel, pieces, requirements, setup
 from limpet.images.bootstrap import Report
 from limpet.models import Stage
 from limpet.paths import Paths
@@ -24,7 +26,13 @@ def paths_in(home: Path) -> Paths:
 
 async def run(home: Path, *, hang_in: str = "", seen: list[Stage] | None = None, fail_in: str = "") -> list[str]:
     """Set up `home`; `hang_in` names a step that never ends, `fail_in` one that breaks; both do half their work."""
-    stages: list[Stage] = seen if seen is not None else []
+    with builders(hang_in, fail_in):
+        return await setup(paths_in(home), progress=(seen if seen is not None else []).append)
+
+
+@contextlib.contextmanager
+def builders(hang_in: str = "", fail_in: str = "") -> Iterator[None]:
+    """The quick builders instead of the real ones."""
 
     async def work(step: str, directory: Path) -> None:
         (directory / "half").write_bytes(bytes(1 << 20))
@@ -51,10 +59,12 @@ async def run(home: Path, *, hang_in: str = "", seen: list[Stage] | None = None,
         await work("data disk", staging)
         target.write_bytes(b"blank")
 
-    async def fake_base(staging: Path, report: Report, mirror: str | None) -> None:
-        await work("image base", staging)
+    async def fake_disk(
+        staging: Path, packages: Sequence[str], hooks: Sequence[str], report: Report, mirror: str | None
+    ) -> None:
+        await work(f"image {staging.parent.name}", staging)
         report(0.5, "half")
-        (staging / "root.raw").write_bytes(b"root")
+        (staging / "root.raw").write_bytes(" ".join(packages).encode())
 
     async def no_check(paths: Paths) -> None:
         return None
@@ -63,10 +73,10 @@ async def run(home: Path, *, hang_in: str = "", seen: list[Stage] | None = None,
         mock.patch.object(pieces, "build", fake_pieces), mock.patch.object(kernel, "vmlinux", fake_kernel),
         mock.patch.object(initramfs, "build", lambda found: b"cpio"),
         mock.patch.object(agent_disk, "build", fake_agent), mock.patch.object(blank, "build", fake_blank),
-        mock.patch.object(base, "build", fake_base),
+        mock.patch.object(debian, "build", fake_disk),
         mock.patch.object(requirements, "check", no_check),
     ):  # fmt: skip
-        return await setup(paths_in(home), progress=stages.append)
+        yield
 
 
 if __name__ == "__main__":

@@ -225,6 +225,10 @@ def test_image_verbs(daemon: StandIn, tmp_path: Path) -> None:
     assert daemon.cli("image", "verify", "base").returncode == 0
     done = daemon.cli("image", "verify", "broken")
     assert (done.returncode, b"error: root.raw: is not" in done.stderr) == (1, True)
+    assert daemon.cli("image", "build", "docker").stdout == b"docker\n"
+    done = daemon.cli("image", "build", "dokcer")
+    assert done.returncode != 0
+    assert b"docker" in done.stderr
     assert daemon.cli("image", "import", "far.tar", "--name", "debian:13", cwd=tmp_path).stdout == b"debian:13\n"
     assert daemon.images.files[-1].path == str(tmp_path / "far.tar")
     assert b"debian:13" in daemon.cli("image", "ls", "-q").stdout

@@ -99,6 +99,8 @@ def test_commit_and_images(client: Client, daemon: StandIn, tmp_path: Path) -> N
     assert client.images.history("base")[0].used_by == 2
     assert client.images.prune().removed == ["base@sha256:11"]
     assert not client.images.verify("broken").ok
+    assert client.images.build("docker", force=True).name == "docker"
+    assert daemon.images.builds[-1].force
     assert client.images.import_(tmp_path / "far.limpet", name="far:v2", replace=True).tag == "v2"
     client.images.export("far:v2", tmp_path / "x", replace=True)
     assert [(one.path, one.replace) for one in daemon.images.files] == [

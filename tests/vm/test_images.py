@@ -67,8 +67,8 @@ echo kept >/srv/p/tmp/file
 echo x >/tmp/junk/file
 echo x >/var/tmp/file
 echo 0123456789abcdef0123456789abcdef >/etc/machine-id
-mkdir -p /etc/ssh
-echo secret >/etc/ssh/ssh_host_rsa_key
+mkdir -p /etc/ssh /etc/docker
+echo secret | tee /etc/ssh/ssh_host_rsa_key >/etc/docker/key.json
 head -c 60000000 /dev/urandom >/home/user/gone
 echo mine >/home/user/mine
 echo work >/workspace/work
@@ -93,6 +93,9 @@ call(top + '/.snapshots', 0x50009417, struct.pack('=qQQ32x', home, 0, 2), b'home
 call(top, 0x5000940E, bytes(8), b'@payload-0a1b2c3d')
 call(top + '/@payload-0a1b2c3d', 0x5000940E, bytes(8), b'nested')
 open(top + '/@payload-0a1b2c3d/nested/file', 'w').write('x')
+call(top, 0x5000940E, bytes(8), b'@docker')
+open(top + '/@docker/layers', 'w').write('kept')
+open(top + '/@docker/engine-id', 'w').write('secret')
 "
 rm /home/user/gone
 sync
@@ -144,8 +147,11 @@ def test_committed_disks_keep_everything_but_what_belongs_to_one_machine(
             ["sh", "-c", "ls -A /tmp /var/tmp; ls /etc/ssh; cat /etc/machine-id"], user="root", cwd="/"
         ).text
         assert not {"junk", "file", "ssh_host_rsa_key", "0123456789abcdef0123456789abcdef"} & set(left.split())
-        volumes = copy.exec("cd /run/limpet/data && echo @* && ls .snapshots", user="root", cwd="/").text
-        assert volumes.startswith("@home @workspace\n")
+        assert not copy.files.exists("/etc/docker/key.json")
+        volumes = copy.exec(
+            "cd /run/limpet/data && echo @* && echo @docker/* && ls .snapshots", user="root", cwd="/"
+        ).text
+        assert volumes.startswith("@docker @home @workspace\n@docker/layers\n")
         assert "test" not in volumes
     finally:
         copy.remove(force=True, purge=True)

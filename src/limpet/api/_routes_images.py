@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from limpet.api._endpoint import Call, Endpoint, Many
-from limpet.models import ImageFileRequest, ImageInfo, ImageVersion, Operation, PruneResult
+from limpet.models import ImageBuildRequest, ImageFileRequest, ImageInfo, ImageVersion, Operation, PruneResult
 
 _ONE = "/v1/images/{image}"
 
@@ -38,12 +38,18 @@ async def export_image(call: Call) -> Operation:
     return await call.services.images.export(call.path("image"), call.body(ImageFileRequest))
 
 
+async def build_image(call: Call) -> Operation:
+    return await call.services.images.build(call.body(ImageBuildRequest))
+
+
 async def import_image(call: Call) -> Operation:
     return await call.services.images.import_file(call.body(ImageFileRequest))
 
 
 ROUTES = (
     Endpoint("GET", "/v1/images", list_images, "List images", Many(ImageInfo)),
+    Endpoint("POST", "/v1/images/build", build_image, "Make the image of one of limpet's own recipes, unless it is "
+             "current (result: ImageInfo)", Operation, body=ImageBuildRequest, status=202),
     Endpoint("POST", "/v1/images/import", import_image, "A .limpet file or the tar of a root file system as an image "
              "(result: ImageInfo)", Operation, body=ImageFileRequest, status=202),
     Endpoint("POST", "/v1/images/prune", prune_images, "Remove versions that no tag names and nothing uses",

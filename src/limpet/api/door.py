@@ -17,6 +17,7 @@ from limpet.models import (
     CheckpointInfo,
     CheckpointRequest,
     CommitRequest,
+    ContainerPort,
     CreateRequest,
     DaemonStatus,
     DiskUsage,
@@ -27,6 +28,7 @@ from limpet.models import (
     FileInfo,
     ForkRequest,
     GenerationInfo,
+    ImageBuildRequest,
     ImageFileRequest,
     ImageInfo,
     ImageVersion,
@@ -43,6 +45,8 @@ from limpet.models import (
     PruneResult,
     RestoreRequest,
     RiskReport,
+    RuntimeStatus,
+    RuntimeStopRequest,
     Sandbox,
     SetRequest,
     SetResult,
@@ -66,6 +70,7 @@ from limpet.services.operations import Operations
 from limpet.services.streams import ExecSession, FileBody, PatchBody, VaultFile
 
 LogSource = Literal["console", "agent", "qemu"]
+ServiceName = Literal["containerd", "dockerd"]
 LaneName = Literal["stdout", "stderr"]
 
 
@@ -253,6 +258,21 @@ class Payloads(Protocol):
     async def confirm(self, name: str, payload: str, request: PayloadConfirm) -> Operation: ...  # PayloadStatus
 
 
+class Runtimes(Protocol):
+    """The container runtime in a sandbox's guest."""
+
+    async def ensure(self, name: str) -> Operation:
+        """Start it unless it is ready; paused and suspended sandboxes go on first. Result: RuntimeResult."""
+
+    async def status(self, name: str) -> RuntimeStatus: ...
+    async def stop(self, name: str, request: RuntimeStopRequest) -> Operation: ...  # RuntimeStopped
+    async def logs(self, name: str, service: ServiceName, tail: int | None) -> AsyncIterator[bytes]:
+        """The last `tail` lines of one service; None: all that can be had, at most 4 MiB."""
+
+    async def ports(self, name: str) -> Sequence[ContainerPort]:
+        """What containers publish; nothing when the engine does not run."""
+
+
 class Trash(Protocol):
     """`trashed`: the name that the sandbox had (the newest of several), its id or the beginning of one."""
 
@@ -276,6 +296,7 @@ class Images(Protocol):
     async def remove(self, image: str) -> None: ...
     async def prune(self) -> PruneResult: ...
     async def verify(self, image: str) -> Operation: ...  # VerifyResult
+    async def build(self, request: ImageBuildRequest) -> Operation: ...  # ImageInfo
     async def export(self, image: str, request: ImageFileRequest) -> Operation: ...  # ImageInfo
     async def import_file(self, request: ImageFileRequest) -> Operation: ...  # ImageInfo; .limpet or a root tar
 
@@ -319,3 +340,4 @@ class Services:
     vaults: Vaults
     payloads: Payloads
     trash: Trash
+    runtimes: Runtimes

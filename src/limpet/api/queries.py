@@ -113,6 +113,10 @@ class LogsQuery(Parameters):
     tail: Annotated[int, Field(ge=0)] | None = Field(None, description="the last so many lines")
 
 
+class TailQuery(Parameters):
+    tail: Annotated[int, Field(ge=0)] | None = Field(None, description="the last so many lines")
+
+
 class SetupBody(Parameters):
     mirror: str | None = Field(None, description="Debian mirror to fetch from")
 

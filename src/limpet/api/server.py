@@ -7,8 +7,6 @@ import contextlib
 import json
 import logging
 import os
-import socket
-import struct
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, cast
@@ -18,13 +16,13 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.exceptions import InvalidState
 
+from limpet import sockets
 from limpet.errors import FailedPrecondition
 
 GRACE = 5.0  # seconds that requests under way get at the end
 PING = 10.0  # seconds between pings on a web socket
 _KEEP_ALIVE = 75  # seconds; longer than any client of ours keeps an idle connection, so that the client closes first
 _MESSAGE_MAX = 4 << 20  # bytes of one web socket message from a client
-_UCRED = struct.Struct("3i")  # pid, uid, gid: unix(7), SO_PEERCRED
 
 
 class _Http(HttpToolsProtocol):
@@ -32,8 +30,7 @@ class _Http(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         transport = cast(asyncio.Transport, transport)
-        peer = transport.get_extra_info("socket")
-        _, uid, _ = _UCRED.unpack(peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+        uid = sockets.peer(transport.get_extra_info("socket"))
         if uid not in (os.getuid(), 0):
             transport.write(_refusal(uid))
             transport.close()
@@ -98,7 +95,7 @@ async def serving(app: Any, path: Path, *, ping: float = PING) -> AsyncIterator[
     socket file that is already there is a dead daemon's and is replaced. `ping`: seconds between pings. Leaving the
     block takes at most `GRACE` seconds and a bit; whoever streams must have been told to end before."""
     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # failures are logged by the API itself
-    listener = _listen(path)
+    listener = sockets.listen(path)
     inode = path.stat().st_ino
     config = _config(app, ping)
     config.load()
@@ -112,21 +109,3 @@ async def serving(app: Any, path: Path, *, ping: float = PING) -> AsyncIterator[
             if path.stat().st_ino == inode:
                 path.unlink()
         await server.shutdown(sockets=[listener])
-
-
-def _listen(path: Path) -> socket.socket:
-    """A listening socket that appears under its name only when its mode is right."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    with contextlib.suppress(FileNotFoundError):
-        temporary.unlink()
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        listener.bind(os.fspath(temporary))
-        temporary.chmod(0o600)
-        listener.listen(256)
-        temporary.rename(path)
-    except BaseException:
-        listener.close()
-        raise
-    listener.setblocking(False)
-    return listener

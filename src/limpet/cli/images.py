@@ -1,4 +1,4 @@
-"""image ls|inspect|rm|history|prune|verify|export|import: the images that sandboxes are made from."""
+"""image ls|inspect|build|rm|history|prune|verify|export|import: the images that sandboxes are made from."""
 
 from __future__ import annotations
 
@@ -29,6 +29,11 @@ def complete_images(incomplete: str) -> list[str]:
     except LimpetError:
         return []
     return [name for name in found if name.startswith(incomplete)]
+
+
+def complete_recipes(incomplete: str) -> list[str]:
+    """The images that limpet makes itself."""
+    return [name for name in ("base", "docker") if name.startswith(incomplete)]
 
 
 Image = Annotated[str, typer.Argument(metavar="IMAGE[:TAG]", autocompletion=complete_images, show_default=False)]
@@ -76,6 +81,25 @@ def inspect(images: Images) -> int:
     if found:
         _output.emit(found if len(images) > 1 else found[0])
     return code
+
+
+@image.command()
+def build(
+    name: Annotated[str, typer.Argument(metavar="docker|base", autocompletion=complete_recipes, show_default=False)],
+    force: Annotated[bool, typer.Option("--force", help="Also when it is current: for newer packages.")] = False,
+    json: _options.Json = False,
+    quiet: _options.Quiet = False,
+) -> int:
+    """Make one of limpet's own images, unless it is current. Prints its name.
+
+    `docker` is `base` with a container engine; the first `limpet create --image docker` makes it, too.
+    """
+    from limpet.client import Client
+
+    with Client() as client, Progress(quiet) as progress:
+        info = client.images.build(name, force=force, on_stage=progress)
+    _output.emit(info) if json else print(_output.image_name(info))
+    return 0
 
 
 @image.command()

@@ -1,7 +1,7 @@
 """The entry point: which module has which command, and what an outcome means for the exit code.
 
-Exit codes: 0 done · the command's own for run, exec, shell and attach (128 + n: ended by signal n; 124: its --timeout)
-· 125 limpet failed before or around such a command · 1 limpet failed · 2 wrong usage · 130 Ctrl-C.
+Exit codes: 0 done · the command's own for run, exec, shell, attach, docker (128 + n: ended by signal n; 124: its
+--timeout) · 125 limpet failed before or around such a command · 1 limpet failed · 2 wrong usage · 130 Ctrl-C.
 """
 
 from __future__ import annotations
@@ -53,6 +53,11 @@ _SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
         "logs": ("listing", "Print a log of a sandbox."),
         "events": ("listing", "Print what happened, and follow what happens."),
     },
+    "Containers": {
+        "docker": ("docker", "Run this host's docker client on the engine of a sandbox."),
+        "docker-env": ("docker", "Print what points a shell's docker clients at a sandbox."),
+        "runtime": ("runtime", "The container engine of a sandbox: start, look, stop."),
+    },
     "Durability": {
         "status": ("syncing", "Tell how far behind the host is with what sandboxes wrote."),
         "sync": ("syncing", "Bring everything that a sandbox wrote to the host now."),
@@ -81,7 +86,8 @@ _SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
     },
 }
 COMMANDS = {name: entry for section in _SECTIONS.values() for name, entry in section.items()}
-PASSING_EXIT_CODES = ("run", "exec", "shell", "attach")  # their exit code is a command's: our own failures are 125
+# Their exit code is a command's: our own failures are 125.
+PASSING_EXIT_CODES = ("run", "exec", "shell", "attach", "docker")
 
 # Typer does not export click's base error; it is the grandparent (behind UsageError) of one that it does.
 ClickException: type[Exception] = typer.BadParameter.__mro__[2]
@@ -122,7 +128,7 @@ class LazyGroup(TyperGroup):
                     ("1", "limpet failed"),
                     ("2", "wrong usage"),
                     ("124", "the --timeout of run or exec ended the command"),
-                    ("125", "limpet failed before or around the command of run, exec, shell, attach"),
+                    ("125", "limpet failed before or around the command of run, exec, shell, attach, docker"),
                     ("130", "ended by Ctrl-C"),
                     ("other", "that of the command itself; 128 + n: ended by signal n"),
                 ]

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from limpet.cli import _boxes, _options, _output, _parse
+from limpet.errors import LimpetError
+
+if TYPE_CHECKING:
+    from limpet.client import Sandbox
+    from limpet.models import ContainerPort, PortMapping
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+_PORT = ("host", "guest", "container", "image", "port", "protocol")  # what `ports --json` tells of one
 
 Changed = Annotated[
     list[str] | None,
@@ -100,7 +108,10 @@ def ports(
     remove: Annotated[list[int] | None, typer.Option("--remove", metavar="H", help="Withdraw this host port.")] = None,
     json: _options.Json = False,
 ) -> int:
-    """List published ports, after publishing or withdrawing some. They are reachable on 127.0.0.1 only."""
+    """List published ports, after publishing or withdrawing some. They are reachable on 127.0.0.1 only.
+
+    Those that containers publish in the guest are listed, too; without a HOST they can be published with -p.
+    """
     from limpet.client import Client
 
     with Client() as client:
@@ -109,9 +120,33 @@ def ports(
             box.ports.remove(port)
         for host, guest in _parse.ports(publish or []):
             box.ports.publish(guest, host)
-        found = box.ports.list()
+        found = _joined(box.ports.list(), _of_containers(box))
     if json:
         _output.emit(found)
     else:
-        _output.table(("HOST", "GUEST"), [(f"127.0.0.1:{port.host}", port.guest) for port in found])
+        width = 3 if any(one["container"] for one in found) else 2  # most sandboxes have no containers
+        _output.table(("HOST", "GUEST", "CONTAINER")[:width], [_row(one)[:width] for one in found])
     return 0
+
+
+def _of_containers(box: Sandbox) -> Sequence[ContainerPort]:
+    try:
+        return box.runtime.ports()
+    except LimpetError as error:  # what is published on this host is worth knowing all the same
+        _output.warn(f"the ports of containers are not known: {error.message}", error.hint)
+        return []
+
+
+def _joined(published: Sequence[PortMapping], containers: Sequence[ContainerPort]) -> list[dict[str, Any]]:
+    """Each published port with the container behind it, then what containers publish and this host does not."""
+    tcp = {one.guest: _output.data_of(one) for one in containers if one.protocol == "tcp"}
+    here = {one.guest for one in published}
+    rows = [tcp.get(one.guest, {}) | _output.data_of(one) for one in published]
+    rows += [_output.data_of(one) for one in containers if one.protocol != "tcp" or one.guest not in here]
+    return [{key: row.get(key) for key in _PORT} for row in rows]
+
+
+def _row(one: dict[str, Any]) -> tuple[object, ...]:
+    host = None if one["host"] is None else f"127.0.0.1:{one['host']}"
+    guest = one["guest"] if one["protocol"] in (None, "tcp") else f"{one['guest']}/{one['protocol']}"
+    return host, guest, one["container"] and f"{one['container']} ({one['image']}) {one['port']}/{one['protocol']}"

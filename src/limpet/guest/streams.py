@@ -6,7 +6,7 @@ import asyncio
 import json
 from collections import deque
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 from limpet import errors
 from limpet.guest.intake import SLOT, Intake
@@ -172,6 +172,13 @@ class Stream:
         if kind == frames.MSG:
             return Message(self._parse(payload))
         return Data(1 if kind == frames.DATA else 2, payload)
+
+    async def broken(self) -> NoReturn:
+        """Wait for the error that ends the stream, also after the guest's END; for ever when none does."""
+        while self._error is None:
+            self._arrived.clear()
+            await self._arrived.wait()
+        raise self._error
 
     async def message(self) -> dict[str, Any]:
         """The next piece, which has to be a control message."""

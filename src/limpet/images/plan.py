@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from limpet.errors import FailedPrecondition
-from limpet.images import agent_disk, base, blank, initramfs, keys, pieces, registry
+from limpet.images import agent_disk, blank, initramfs, keys, pieces
 from limpet.paths import Paths
 
 
@@ -32,7 +32,6 @@ class Plan:
     initramfs: Path
     agent_disk: Path
     blank_data: Path
-    base_recipe: str
 
     @classmethod
     def make(cls, paths: Paths) -> Plan:
@@ -50,7 +49,6 @@ class Plan:
             initramfs=artifact("initramfs", keys.key_of("initramfs", pieces_key, *scripts)),
             agent_disk=artifact("agent", agent_disk.key(pieces_key), ".squashfs"),
             blank_data=artifact("data", blank.key(pieces_key), ".qcow2"),
-            base_recipe=base.key(),
         )
 
     def files(self) -> tuple[Path, ...]:
@@ -60,10 +58,6 @@ class Plan:
     def missing(self) -> list[Path]:
         """The artifacts that are not there yet."""
         return [path for path in self.files() if not path.exists()]
-
-    def base_is_current(self) -> bool:
-        """Whether the image `base` is the one that this version of limpet makes."""
-        return registry.recipe(self.paths, base.NAME) == self.base_recipe
 
 
 def artifacts(paths: Paths) -> Artifacts:

@@ -55,6 +55,10 @@ class Image:
     def directory(self) -> Path:
         return self.root.parent
 
+    @property
+    def spec(self) -> dict[str, Any]:
+        return self.info.spec
+
 
 @dataclass(frozen=True)
 class ImageFacts:

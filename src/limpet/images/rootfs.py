@@ -25,7 +25,7 @@ import zstandard
 from limpet import process
 from limpet.errors import BadRequest, InsufficientSpace, LimpetError
 from limpet.images import bootstrap
-from limpet.images.base import MAKE_EXT4, SIZE
+from limpet.images.debian import MAKE_EXT4, SIZE
 from limpet.images.registry import ImageFacts
 
 _LARGEST_READ = 1 << 20  # bytes of one header

@@ -3,7 +3,7 @@
     pieces ─┬─ kernel ───────┐
             ├─ initramfs     ├─ data disk
             └─ agent disk    ┘
-    image base
+    image base, and those that have been made on demand
 
 Each step makes its result in a staging directory and publishes it by one rename under a name that is a hash of what
 went into it. So a step whose name is there is done; a setup that was killed leaves strays, which the next one sweeps,
@@ -15,40 +15,46 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import fcntl
 import functools
-import os
 import shutil
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 
 from limpet import durable
 from limpet.errors import InsufficientSpace
-from limpet.images import agent_disk, base, blank, initramfs, kernel, pieces, registry, requirements
+from limpet.images import agent_disk, blank, initramfs, kernel, pieces, requirements
+from limpet.images.alone import alone
 from limpet.images.bootstrap import Report
 from limpet.images.plan import Plan
+from limpet.images.recipes import RECIPES, Recipe
 from limpet.images.stages import Progress, stage
-from limpet.models import Stage
 from limpet.paths import Paths
 
 _KEEP = 3  # versions of each artifact and of the pieces; older ones go
-_LOCK_POLL = 0.2  # seconds
 
 
 async def setup(paths: Paths, *, progress: Progress, force: bool = False, mirror: str | None = None) -> list[str]:
     """Make what is missing and return the names of the steps that were done (none the second time).
 
-    `mirror` is an argument of mmdebstrap: a URL or a sources.list line. `force` makes the image anew although its
+    `mirror` is an argument of mmdebstrap: a URL or a sources.list line. `force` makes the image base anew although its
     recipe is unchanged, for newer packages; running sandboxes keep the version that they have.
     Raises Unavailable (tools, network), FailedPrecondition (namespaces) or InsufficientSpace, each with a remedy."""
     plan = Plan.make(paths)
-    if not force and not plan.missing() and plan.base_is_current():
+    if not plan.missing() and not _images(paths, force):
         return []
     paths.make()
-    async with _alone(paths, progress):
-        if plan.missing() or not plan.base_is_current() or force:
+    async with alone(paths, progress):
+        wanted = _images(paths, force)
+        if plan.missing() or wanted:
             await requirements.check(paths)
-        return await _Setup(plan, progress, mirror).run(force)
+        return await _Setup(plan, progress, mirror).run(wanted)
+
+
+def _images(paths: Paths, force: bool) -> list[Recipe]:
+    """The images to make: base unless it is current, and others that were made here by a recipe that has changed."""
+    base, *others = RECIPES.values()
+    wanted = [base] if force or not base.is_current(paths) else []
+    return [*wanted, *(recipe for recipe in others if recipe.is_outdated(paths))]
 
 
 class _Setup:
@@ -58,16 +64,15 @@ class _Setup:
         self._plan, self._progress, self._mirror = plan, progress, mirror
         self._done: list[str] = []
 
-    async def run(self, force: bool) -> list[str]:
-        image_directory = self._plan.paths.images / base.NAME
-        for directory in (self._plan.paths.pieces, self._plan.paths.artifacts, image_directory):
+    async def run(self, images: Sequence[Recipe]) -> list[str]:
+        paths = self._plan.paths
+        for directory in (paths.pieces, paths.artifacts, *(paths.image(recipe.name) for recipe in images)):
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             durable.sweep(directory)
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._artifacts())
-                if force or not self._plan.base_is_current():
-                    group.create_task(self._base())
+                group.create_task(self._images(images))
         except ExceptionGroup as errors:
             raise _first(errors) from errors
         for kind in ("vmlinux", "initramfs", "agent", "data"):
@@ -101,12 +106,10 @@ class _Setup:
             result.chmod(0o444)
             await asyncio.to_thread(durable.publish, result, target)
 
-    async def _base(self) -> None:
-        paths, key = self._plan.paths, self._plan.base_recipe
-        with self._stage("image base") as report, registry.staging(paths, base.NAME) as work:
-            await base.build(work, report, self._mirror)
-            facts = registry.ImageFacts(user="user", home="/home/user")
-            await asyncio.to_thread(registry.publish, paths, base.NAME, work, facts, recipe_key=key)
+    async def _images(self, images: Sequence[Recipe]) -> None:
+        for recipe in images:
+            await recipe.make(self._plan.paths, self._progress, self._mirror)
+            self._done.append(f"image {recipe.name}")
 
     @contextlib.contextmanager
     def _stage(self, name: str) -> Iterator[Report]:
@@ -131,28 +134,6 @@ def _staging(directory: Path, name: str) -> Iterator[Path]:
         yield work
     finally:
         shutil.rmtree(work, ignore_errors=True)  # whatever was published is no longer in it
-
-
-@contextlib.asynccontextmanager
-async def _alone(paths: Paths, progress: Progress) -> AsyncIterator[None]:
-    """Hold the setup lock; while another process has it, say so and wait. The kernel releases it with the process."""
-    fd = os.open(paths.setup_lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        waited = False
-        while True:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if not waited:
-                    progress(Stage(name="lock", state="running", detail="another setup is at work; waiting for it"))
-                waited = True
-                await asyncio.sleep(_LOCK_POLL)
-        if waited:
-            progress(Stage(name="lock", state="done"))
-        yield
-    finally:
-        os.close(fd)
 
 
 def _forget_old(directory: Path, kind: str | None = None) -> None:

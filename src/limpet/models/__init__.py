@@ -58,6 +58,15 @@ from limpet.models._images import (
     TemplateRequest,
 )
 from limpet.models._payloads import Payload, PayloadRequest
+from limpet.models._runtime import (
+    ContainerPort,
+    ImageBuildRequest,
+    RuntimeResult,
+    RuntimeStatus,
+    RuntimeStopped,
+    RuntimeStopRequest,
+    ServiceStatus,
+)
 from limpet.models._sandboxes import (
     CreateRequest,
     KillRequest,
@@ -112,6 +121,7 @@ __all__ = [
     "CheckpointRequest",
     "CommitRequest",
     "CommitResult",
+    "ContainerPort",
     "CreateRequest",
     "DaemonStatus",
     "DiskUsage",
@@ -126,6 +136,7 @@ __all__ = [
     "ForkRequest",
     "ForkResult",
     "GenerationInfo",
+    "ImageBuildRequest",
     "ImageFileRequest",
     "ImageInfo",
     "ImageVersion",
@@ -146,8 +157,13 @@ __all__ = [
     "RestoreResult",
     "RiskReport",
     "Row",
+    "RuntimeResult",
+    "RuntimeStatus",
+    "RuntimeStopRequest",
+    "RuntimeStopped",
     "Sandbox",
     "SandboxSpec",
+    "ServiceStatus",
     "SetRequest",
     "SetResult",
     "Setting",

@@ -189,9 +189,10 @@ class Start:
                     raise
         assert pong is not None
         if pong.data != "ready":
-            self._tell_failure(_ATTEMPTS, pong.data)
+            reason = pong.data.removeprefix("failed: ")
+            self._tell_failure(_ATTEMPTS, reason)
             raise FailedPrecondition(
-                f"the data disk of {self._record.name} could not be mounted: {pong.data}", hint=self._where_to_look
+                f"the data disk of {self._record.name} could not be mounted: {reason}", hint=self._where_to_look
             )
         self._boot_id = pong.boot_id
 

@@ -59,7 +59,7 @@ async def make(host: Host, sandboxes: Sandboxes, record: SandboxRecord, source: 
             if not hidden(record):
                 await host.vaults.copy(source.vault, record.id)
             vm = await Start(host, record, source.memory, layers).run(stages)
-            sandboxes.watch(vm)
+            await sandboxes.watch(vm)
     except BaseException:
         host.forget(record)
         raise

@@ -32,8 +32,8 @@ class Doctor:
         self._paths, self._records, self._live = host.paths, host.records, host.live
 
     async def run(self) -> DoctorReport:
-        rows = [*await asyncio.gather(*(_tool(name) for name in _VERSIONS)), _network_tool(), _python()]
-        rows += [await _namespaces(), await self._accelerator(), self._space(), self._pieces()]
+        rows = [*await asyncio.gather(*(_tool(name) for name in _VERSIONS)), _network_tool(), _docker_client()]
+        rows += [_python(), await _namespaces(), await self._accelerator(), self._space(), self._pieces()]
         rows += [Row(check="daemon", status="PASS", detail=f"limpetd, pid {os.getpid()}, serves {self._paths.data}")]
         return DoctorReport(rows=[*rows, *await self._vaults.rows(), *self._leftovers()])
 
@@ -82,6 +82,8 @@ class Doctor:
             )
         except LimpetError as error:
             return Row(check="guest pieces", status="FAIL", detail=error.message, remedy=error.hint)
+        if old := [recipe.name for recipe in images.RECIPES.values() if recipe.is_outdated(self._paths)]:
+            return _warn("guest pieces", f"made by an older limpet: image {', '.join(old)}", "limpet setup")
         return Row(check="guest pieces", status="PASS", detail=f"kernel {release}, images: {names}")
 
     def _leftovers(self) -> list[Row]:
@@ -137,6 +139,12 @@ def _network_tool() -> Row:
     return Row(
         check="passt", status="PASS", detail="installed; guests reach out through it, never to the host's loopback"
     )
+
+
+def _docker_client() -> Row:
+    if (program := process.find("docker")) is None:
+        return _warn("docker client", "not installed (only `limpet docker` needs it)", "sudo apt-get install docker.io")
+    return Row(check="docker client", status="PASS", detail=f"{program}; sandboxes use no engine of this host")
 
 
 def _python() -> Row:

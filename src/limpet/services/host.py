@@ -10,6 +10,8 @@ from limpet.models import Sandbox, State
 from limpet.paths import Paths
 from limpet.services.catalogue import Catalogue
 from limpet.services.config import Config
+from limpet.services.dockersockets import DockerSockets
+from limpet.services.engines import Engines
 from limpet.services.events import Events
 from limpet.services.live import LiveTable
 from limpet.services.locks import Locks
@@ -40,6 +42,8 @@ class Host:
     vaults: VaultTable
     config: Config
     payloads: Attachments
+    engines: Engines
+    docker_sockets: DockerSockets
 
     def forget(self, record: SandboxRecord) -> None:
         """Remove the row and the files of a sandbox that does not run, and is wanted by nobody any more. Its directory

@@ -8,10 +8,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from limpet import images
-from limpet.errors import BadRequest
+from limpet.errors import BadRequest, NotFound
 from limpet.images import upkeep
-from limpet.models import ImageFileRequest, ImageInfo, ImageVersion, Operation, PruneResult, VerifyResult
-from limpet.services import garbage
+from limpet.models import (
+    ImageBuildRequest,
+    ImageFileRequest,
+    ImageInfo,
+    ImageVersion,
+    Operation,
+    PruneResult,
+    VerifyResult,
+)
+from limpet.services import garbage, imagebuild
 from limpet.services.host import Host
 from limpet.services.operations import Stages
 from limpet.services.storage import Storage
@@ -25,7 +33,10 @@ class Images:
         return images.list_images(self._host.paths)
 
     async def get(self, image: str) -> ImageInfo:
-        return images.find_image(self._host.paths, image).info
+        found = images.named(self._host.paths, image)
+        if isinstance(found, images.Recipe):
+            raise NotFound(f"the image {image} has not been made yet", hint=f"limpet image build {found.name}")
+        return found.info
 
     async def history(self, name: str) -> Sequence[ImageVersion]:
         return await asyncio.to_thread(upkeep.history, self._host.paths, name, self._storage.image_users())
@@ -57,6 +68,15 @@ class Images:
             return VerifyResult(id=digest, ok=not problems, problems=problems, seconds=seconds)
 
         return self._host.operations.start("image verify", image, work)
+
+    async def build(self, request: ImageBuildRequest) -> Operation:
+        """Make the image of one of limpet's own recipes, unless it is current."""
+        recipe = images.require_recipe(request.name)
+
+        async def work(stages: Stages) -> ImageInfo:
+            return (await imagebuild.build(self._host, recipe, stages, force=request.force)).info
+
+        return self._host.operations.start("image build", request.name, work)
 
     async def export(self, image: str, request: ImageFileRequest) -> Operation:
         """Write it to one file of this host."""

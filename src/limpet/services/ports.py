@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import errno
+import os
+import socket
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from limpet import log
-from limpet.errors import AlreadyExists, FailedPrecondition, LimpetError, NotFound
-from limpet.guest import Data, Stream
+from limpet.errors import AlreadyExists, FailedPrecondition, NotFound
 from limpet.models import PortMapping
+from limpet.services import relay
 from limpet.services.live import LiveTable, LiveVM
 from limpet.services.records import Records
-
-_CHUNK = 256 << 10
-_log = log.get("ports")
+from limpet.services.relay import Listener
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Published:
     mapping: PortMapping
-    server: asyncio.Server
-    connections: set[asyncio.Task[None]] = field(default_factory=set)
+    listener: Listener
 
 
 class Ports:
@@ -57,76 +54,34 @@ class Ports:
         self._records.change_spec(record.id, ports=kept)
         if entry is not None:
             self._published[record.id].remove(entry)
-            await _close(entry)
+            await entry.listener.close()
 
     async def publish(self, vm: LiveVM, mapping: PortMapping) -> PortMapping:
         """Listen for one mapping. Raises AlreadyExists when the host port is taken."""
 
         async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            task = asyncio.current_task()
-            assert task is not None
-            entry.connections.add(task)
-            try:
-                await _relay(vm, mapping.guest, reader, writer)
-            finally:
-                entry.connections.discard(task)
+            with vm.in_use():
+                stream = await (await vm.agent()).connect_tcp(mapping.guest)
+                await relay.carry(reader, writer, stream)
 
-        try:
-            server = await asyncio.start_server(serve, "127.0.0.1", mapping.host, limit=_CHUNK)
-        except OSError as error:
-            if error.errno == errno.EADDRINUSE:
-                raise AlreadyExists(
-                    f"port {mapping.host} of this host is in use",
-                    hint="publish on another one, or on 0 for any free one",
-                ) from None
-            raise FailedPrecondition(f"cannot listen on 127.0.0.1:{mapping.host}: {error.strerror}") from None
-        given = PortMapping(host=server.sockets[0].getsockname()[1], guest=mapping.guest)
-        entry = _Published(given, server)
+        listening = _listen(mapping.host)
+        given = PortMapping(host=listening.getsockname()[1], guest=mapping.guest)
+        entry = _Published(given, await Listener.start(listening, serve))
         self._published.setdefault(vm.sandbox_id, []).append(entry)
         return given
 
     async def withdraw(self, sandbox_id: str) -> None:
         """Close all listeners and connections of a sandbox that stops."""
         for entry in self._published.pop(sandbox_id, []):
-            await _close(entry)
+            await entry.listener.close()
 
 
-async def _close(entry: _Published) -> None:
-    entry.server.close()
-    for task in list(entry.connections):
-        task.cancel()
-    await asyncio.gather(*entry.connections, return_exceptions=True)
-
-
-async def _relay(vm: LiveVM, port: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Carry one connection, both directions with their own half-close."""
+def _listen(port: int) -> socket.socket:
     try:
-        with vm.in_use():
-            stream = await (await vm.agent()).connect_tcp(port)
-            try:
-                async with asyncio.TaskGroup() as both:
-                    both.create_task(_upstream(reader, stream))
-                    both.create_task(_downstream(stream, writer))
-            finally:
-                await stream.reset()
-    except* (LimpetError, OSError) as group:
-        _log.info("relay.ended", port=port, reason=str(group.exceptions[0]))
-    finally:
-        writer.close()
-        with contextlib.suppress(OSError):
-            await writer.wait_closed()
-
-
-async def _upstream(reader: asyncio.StreamReader, stream: Stream) -> None:
-    while chunk := await reader.read(_CHUNK):
-        await stream.send(chunk)
-    await stream.end()
-
-
-async def _downstream(stream: Stream, writer: asyncio.StreamWriter) -> None:
-    async for item in stream:
-        if isinstance(item, Data):
-            writer.write(item.data)
-            await writer.drain()
-    if writer.can_write_eof():
-        writer.write_eof()
+        return socket.create_server(("127.0.0.1", port), backlog=100)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise AlreadyExists(
+                f"port {port} of this host is in use", hint="publish on another one, or on 0 for any free one"
+            ) from None
+        raise FailedPrecondition(f"cannot listen on 127.0.0.1:{port}: {os.strerror(error.errno or 0)}") from None

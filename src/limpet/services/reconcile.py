@@ -4,7 +4,7 @@ row              lock held                                   lock free
 running …        adopt: connect QMP and channel              tear leftovers down → stopped (why in `error`)
 paused           adopt, still paused                         → stopped
 creating, own    kill the half-made VM, forget               forget: an unfinished create leaves no trace
-stopping         adopt, back to running                      → stopped
+stopping         adopt, back to running, with its engine     → stopped
 suspended        end it: its memory is in the checkpoint     stays
 starting         adopt, renewed; end it if it does not        → stopped
                    answer
@@ -110,7 +110,9 @@ async def _adopt(host: Host, sandboxes: Sandboxes, record: SandboxRecord) -> Non
     await host.payloads.adopt(vm, record)
     host.records.update(record.id, state=State.PAUSED if paused else State.RUNNING, error=None, memory=None)
     crashpoint("reconcile.adopt.after")
-    sandboxes.watch(vm)
+    await sandboxes.watch(vm)
+    if not paused:
+        host.engines.go_on(vm)  # an earlier daemon may have been cut off in a stop
     host.events.emit("sandbox.adopted", sandbox=record)
 
 

@@ -98,7 +98,7 @@ class Restoring:
             self._go_back(before, error)
             raise
         if vm is not None:
-            self._sandboxes.watch(vm)
+            await self._sandboxes.watch(vm)
         host.events.emit("sandbox.restored", sandbox=record, checkpoint=checkpoint.info.id,
                          saved=saved.info.id if saved else None)  # fmt: skip
         return saved

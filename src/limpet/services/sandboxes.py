@@ -39,7 +39,7 @@ from limpet.models import (
     StopResult,
 )
 from limpet.names import check_name, new_id, random_name
-from limpet.services import capacity, stopping, trash
+from limpet.services import capacity, imagebuild, stopping, trash
 from limpet.services.diskfull import DiskWatch
 from limpet.services.host import Host
 from limpet.services.live import LiveVM
@@ -78,12 +78,13 @@ class Sandboxes:
 
     async def create(self, request: CreateRequest) -> Operation:
         """Validate, reserve the name, then boot in the background (VM-13). A failed create leaves no trace."""
-        image = images.find_image(self._host.paths, request.image)
+        image = images.named(self._host.paths, request.image)
         asked = request.model_dump(exclude={"name", "start", "payloads"}, exclude_unset=True)
-        spec = checked_spec({**image.info.spec, **asked, "env": {**image.info.spec.get("env", {}), **request.env}})
+        spec = checked_spec({**image.spec, **asked, "env": {**image.spec.get("env", {}), **request.env}})
         name = check_name(request.name) if request.name else self._free_name()
         payloads = self._host.payloads.checked(request.payloads)
-        pooled = await self._pool.claim(name, spec) if request.start and not payloads else None
+        recipe = image if isinstance(image, images.Recipe) else None
+        pooled = await self._pool.claim(name, spec) if request.start and not payloads and recipe is None else None
         if request.start and pooled is None:
             capacity.admit(self._host.paths, spec)
         record = pooled or SandboxRecord(new_id("sb"), name, State.CREATING, spec, datetime.now(UTC), payloads=payloads)
@@ -94,6 +95,8 @@ class Sandboxes:
             try:
                 async with self._host.locks.lifecycle(record.id, f"create of {name}"):
                     crashpoint("create.row.after")
+                    if recipe is not None:
+                        await imagebuild.build(self._host, recipe, stages)
                     await self._create(record, stages, start=request.start)
             except BaseException as error:
                 await asyncio.shield(self.end_now(record))  # one out of the pool that was not woken
@@ -162,7 +165,7 @@ class Sandboxes:
 
     async def _boot(self, record: SandboxRecord, stages: Stages) -> None:
         vm = await self._pool.wake(record, stages) or await self._starter.start(record, stages)
-        self.watch(vm)
+        await self.watch(vm)
         self._host.events.emit("sandbox.started", sandbox=record, accel=vm.machine.accel)
 
     async def stop(self, name: str, request: StopRequest) -> Operation:
@@ -192,6 +195,7 @@ class Sandboxes:
                 self._host.records.update(record.id, state=State.RUNNING)
                 self._syncing.go_on(record.id)
                 self._host.payloads.go_on(record.id)
+                self._host.engines.go_on(vm)
             raise
         crashpoint("stop.off.after")
         await self._ended(vm, record, State.STOPPED, None)
@@ -319,14 +323,15 @@ class Sandboxes:
 
     # ── watching ─────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def watch(self, vm: LiveVM) -> None:
+    async def watch(self, vm: LiveVM) -> None:
         """Notice when this VM ends by itself, or by us when what was to follow failed; and when it stands still. Bring
-        what it writes to the host meanwhile."""
+        what it writes to the host meanwhile, and serve its Docker API here."""
         self._disks.watch(vm)
         vm.watcher = asyncio.create_task(self._watch(vm), name=f"watch {vm.sandbox_id}")
         self._syncing.join(vm)
         if (record := self._host.records.find(vm.sandbox_id)) is not None:
             self._host.payloads.begin(record)
+        await self._host.docker_sockets.open(vm)
 
     async def _watch(self, vm: LiveVM) -> None:
         await vm.ended()
@@ -355,6 +360,7 @@ class Sandboxes:
         await self._syncing.leave(record.id)
         await self._host.payloads.release(self._host.records.by_id(record.id))
         await self._host.ports.withdraw(record.id)
+        await self._host.docker_sockets.close(record.id)
         await vm.close()
         await vm.machine.close()
         for leftover in (vm.files.handles, vm.files.intake):

@@ -1,11 +1,12 @@
 """The stop ladder: the guest's data is made durable before anything is done to its VM (VM-1, VM-2).
 
-    flush ──► final sync ──► poweroff ──► wait ──► QMP quit ──► SIGTERM ──► SIGKILL
-      │          │              └ clean              └ synced when flushed, else killed …
-      │          └ fails: told in the answer; everything is on the disks, which stay
+    flush ──► containers, engine ──► final sync ──► poweroff ──► wait ──► QMP quit ──► SIGTERM ──► SIGKILL
+      │          │                      │              └ clean              └ synced when flushed, else killed …
+      │          └──────────────────────┴ fails: told in the answer; everything is on the disks, which stay
       └ cannot be confirmed: the VM is left running, unless forced
 
-Every rung is bounded; together they take at most the time-out given plus a few seconds for the last rungs.
+Containers end before their engine does, so that those with a restart policy come back with the sandbox (RUN-4). Every
+rung is bounded; together they take at most the time-out given plus a few seconds for the last rungs.
 """
 
 from __future__ import annotations
@@ -16,13 +17,16 @@ from collections.abc import Awaitable, Callable
 from typing import Literal
 
 from limpet import log
-from limpet.errors import DeadlineExceeded, LimpetError, Unavailable
+from limpet.errors import DeadlineExceeded, LimpetError, Unavailable, Unimplemented
 from limpet.models import StopResult
+from limpet.services import engines
 from limpet.services.live import REACH_TIMEOUT, LiveVM
 
 _RUNG_SECONDS = 3.0  # for QMP quit and SIGTERM each
 _RESERVED = 6.0  # of the whole time-out is kept for the rungs after flush and final sync
 _LEAST_FINAL = 1.0  # seconds for the final sync of a guest that was flushed
+_FOR_FINAL = 6.0  # that containers leave to it, of a time-out that is long enough
+_KILLING = 3.0  # seconds for the guest to kill what has not ended
 
 Final = Callable[[LiveVM, float], Awaitable[tuple[int | None, str | None]]]
 
@@ -41,17 +45,21 @@ async def stop(vm: LiveVM, name: str, *, force: bool, timeout: float, final: Fin
     began = time.monotonic()
     deadline = began + timeout
     flushed = await _flush(vm, name, force, timeout)
-    left = max(deadline - time.monotonic() - _RESERVED, _LEAST_FINAL) if flushed else 0.0
-    generation, problem = await final(vm, left)
+    cut_off = await _stop_containers(vm, name, _left(deadline)) if flushed else []
+    generation, problem = await final(vm, _left(deadline) if flushed else 0.0)
     vm.ended_by_us = True
     powered_off = flushed and await _power_off(vm, deadline)
     rung: Literal["poweroff", "quit", "sigterm", "sigkill"] = "poweroff" if powered_off else await force_down(vm)
     durability: Literal["clean", "synced", "killed"] = "clean" if powered_off else "synced" if flushed else "killed"
     at_risk = [] if powered_off else ["writes made after the flush by programs that went on"] if flushed else [*AT_RISK]
     return StopResult(
-        name=name, rung=rung, durability=durability, at_risk=at_risk, seconds=round(time.monotonic() - began, 3),
-        generation=generation, sync=problem,
+        name=name, rung=rung, durability=durability, at_risk=[*cut_off, *at_risk],
+        seconds=round(time.monotonic() - began, 3), generation=generation, sync=problem,
     )  # fmt: skip
+
+
+def _left(deadline: float) -> float:
+    return max(deadline - time.monotonic() - _RESERVED, _LEAST_FINAL)
 
 
 async def _flush(vm: LiveVM, name: str, force: bool, timeout: float) -> bool:
@@ -72,6 +80,26 @@ async def _flush(vm: LiveVM, name: str, force: bool, timeout: float) -> bool:
             f"{name} was left running: its data could not be flushed ({reason})",
             hint=f"{first}`limpet stop --force {name}` goes on; at risk are " + " and ".join(AT_RISK),
         ) from None
+
+
+async def _stop_containers(vm: LiveVM, name: str, left: float) -> list[str]:
+    """Stop containers and their engine, if there are any, within most of what is left. What is at risk because that
+    failed: it is no reason to refuse, as power loss is what they have to stand anyway."""
+    seconds = max(left - _FOR_FINAL, left / 2)
+    try:
+        async with asyncio.timeout(seconds + _KILLING):
+            ended = await engines.stop_now(vm, seconds, keep=True)
+            if ended.stopped:  # what containers wrote at their end
+                await vm.unless_stalled((await vm.agent()).sync())
+        why = "they did not end in time" if ended.killed else None
+    except Unimplemented:  # the agent of an older limpet: it has no engine
+        return []
+    except (LimpetError, TimeoutError) as error:
+        why = error.message if isinstance(error, LimpetError) else "the engine did not stop in time"
+    if why is None:
+        return []
+    _log.warning("containers.cut_off", sandbox=name, reason=why)
+    return [f"what containers had only in memory ({why})"]
 
 
 async def _power_off(vm: LiveVM, deadline: float) -> bool:

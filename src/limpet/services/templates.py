@@ -1,6 +1,6 @@
 """Templates: building them, finding the one that fits, and the verbs on them.
 
-    boot ──► warm (agent, shell, Python, git) ──► sync ──► pause ──► memory image, disks ──► publish
+    boot ──► warm (agent, engine, shell, Python, git) ──► sync ──► pause ──► memory image, disks ──► publish
 
 A template is built in the background when a create first misses it, one at a time, and never by anything but a
 booted VM of exactly its shape. A create that finds none boots; one whose template fails says so and boots.
@@ -17,9 +17,10 @@ from limpet import durable, images, log
 from limpet.crashpoint import crashpoint
 from limpet.digests import Seal
 from limpet.errors import LimpetError
+from limpet.guest.runtime import Runtime
 from limpet.models import Operation, SandboxSpec, State, TemplateInfo, TemplateRequest
 from limpet.names import new_id
-from limpet.services import garbage, machines
+from limpet.services import garbage, imagebuild, machines
 from limpet.services.boot import Start
 from limpet.services.catalogue import keep
 from limpet.services.host import Host
@@ -111,10 +112,13 @@ class Templates:
 
     async def build(self, request: TemplateRequest) -> Operation:
         """Build one now, unless it is there."""
-        spec = SandboxSpec.model_validate(request.model_dump())
-        images.find_image(self._host.paths, spec.image)
+        image = images.named(self._host.paths, request.image)
+        own = {key: image.spec[key] for key in ("vcpus", "memory_mib") if key in image.spec}
+        spec = SandboxSpec.model_validate({**own, **request.model_dump(exclude_unset=True)})
 
         async def work(stages: Stages) -> TemplateInfo:
+            if isinstance(image, images.Recipe):
+                await imagebuild.build(self._host, image, stages)
             template = await self._build(spec, stages)
             return self._host.templates.info(template, current=True)
 
@@ -202,6 +206,18 @@ async def _warm(vm: LiveVM) -> None:
     """Run what first commands run, so that clones find it in memory."""
     agent = await vm.agent()
     await agent.warm()
+    await _start_engine(Runtime(agent))
     script = "; ".join(f"command -v {line.split()[0]} >/dev/null && {line} >/dev/null 2>&1" for line in _WARM)
     await agent.run(["/bin/sh", "-c", f"{script}; true"], timeout=_WARM_S)
     await agent.sync()
+
+
+async def _start_engine(runtime: Runtime) -> None:
+    """Have a container engine that comes with the boot ready: clones go on with it. One that does not start is no
+    reason for every create to boot; clones start it when it is asked for, or say why not."""
+    if not (await runtime.status()).autostart:
+        return
+    try:
+        await runtime.ensure()
+    except LimpetError as error:
+        _log.warning("template without an engine", reason=error.message)

@@ -45,6 +45,12 @@ class AsyncImages:
         path = _wire.path_of("images", image, "verify")
         return VerifyResult.model_validate(await self._operations.run("POST", path, on_stage=on_stage))
 
+    async def build(self, name: str, *, force: bool = False, on_stage: OnStage | None = None) -> ImageInfo:
+        """Make the image of one of limpet's own recipes (`docker`, `base`), unless it is current. `force`: anyway, for
+        newer packages. Raises NotFound with the nearest name."""
+        path, body = _wire.path_of("images", "build"), {"name": name, "force": force}
+        return ImageInfo.model_validate(await self._operations.run("POST", path, body=body, on_stage=on_stage))
+
     async def export(
         self, image: str, file: str | os.PathLike[str], *, replace: bool = False, on_stage: OnStage | None = None
     ) -> ImageInfo:

@@ -14,6 +14,7 @@ from limpet.client._async.files import AsyncArchive, AsyncFiles
 from limpet.client._async.operations import AsyncOperations, OnStage
 from limpet.client._async.payloads import AsyncPayloads
 from limpet.client._async.ports import AsyncPorts
+from limpet.client._async.runtime import AsyncRuntime
 from limpet.client._async.transport import AsyncTransport
 from limpet.client._async.vaults import AsyncVault
 from limpet.client._async.workspace import AsyncWorkspace
@@ -51,6 +52,7 @@ class AsyncSandbox:
         self.workspace = AsyncWorkspace(transport, self)
         self.ports = AsyncPorts(transport, self)
         self.payloads = AsyncPayloads(transport, self)
+        self.runtime = AsyncRuntime(transport, self)
 
     def path(self, *more: str) -> str:
         """The route of this sandbox, or of something in it."""
@@ -67,6 +69,11 @@ class AsyncSandbox:
         if self._info is None:
             raise FailedPrecondition(f"nothing is known of '{self.name}' yet", hint="call refresh() first")
         return self._info
+
+    @property
+    def docker_host(self) -> str:
+        """What DOCKER_HOST has to be for the stock client to use its engine. Raises as `info`."""
+        return f"unix://{self._transport.paths.sandbox(self.info.id).docker_socket}"
 
     async def refresh(self) -> models.Sandbox:
         """Ask the daemon what the sandbox is now."""

@@ -15,6 +15,7 @@ from limpet.client._sync.files import Archive, Files
 from limpet.client._sync.operations import Operations, OnStage
 from limpet.client._sync.payloads import Payloads
 from limpet.client._sync.ports import Ports
+from limpet.client._sync.runtime import Runtime
 from limpet.client._sync.transport import Transport
 from limpet.client._sync.vaults import Vault
 from limpet.client._sync.workspace import Workspace
@@ -52,6 +53,7 @@ class Sandbox:
         self.workspace = Workspace(transport, self)
         self.ports = Ports(transport, self)
         self.payloads = Payloads(transport, self)
+        self.runtime = Runtime(transport, self)
 
     def path(self, *more: str) -> str:
         """The route of this sandbox, or of something in it."""
@@ -68,6 +70,11 @@ class Sandbox:
         if self._info is None:
             raise FailedPrecondition(f"nothing is known of '{self.name}' yet", hint="call refresh() first")
         return self._info
+
+    @property
+    def docker_host(self) -> str:
+        """What DOCKER_HOST has to be for the stock client to use its engine. Raises as `info`."""
+        return f"unix://{self._transport.paths.sandbox(self.info.id).docker_socket}"
 
     def refresh(self) -> models.Sandbox:
         """Ask the daemon what the sandbox is now."""

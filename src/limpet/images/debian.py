@@ -1,22 +1,17 @@
-"""The image `base`: Debian 12 with what a coding agent expects to find, made from Debian packages.
+"""A root disk out of Debian packages.
 
-packages (mmdebstrap) → tar → tree in a tmpfs of a private namespace → ext4 (mke2fs -d) → digest → publish
+packages (mmdebstrap, hooks) → tar → tree in a tmpfs of a private namespace → ext4 (mke2fs -d)
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from limpet import process
-from limpet.images import bootstrap, initramfs, keys
+from limpet.images import bootstrap
 
-NAME = "base"
 SIZE = 16 << 30  # bytes, virtual; sparse
-
-PACKAGES = (
-    "bash", "ca-certificates", "curl", "git", "iproute2", "less", "make", "ncurses-bin", "passwd", "procps",
-    "python-is-python3", "python3", "sudo", "unzip", "xz-utils", "zstd",
-)  # fmt: skip
 
 _DPKG = (
     "force-unsafe-io",  # the result is synced once, at the end
@@ -38,21 +33,19 @@ mount -t tmpfs -o mode=0755,size=4g tree "$3"
 tar -C "$3" -xpf "$1" --numeric-owner --xattrs --xattrs-include='*' --exclude='./dev/*'
 {MAKE_EXT4}"""
 
-
-def key() -> str:
-    """The recipe's key. The image itself is named by its content."""
-    hook = (initramfs.GUEST / "customize.sh").read_bytes()
-    return keys.key_of("base", bootstrap.SUITE, *PACKAGES, *_DPKG, _TO_EXT4, hook)
+KEY_PARTS = (*_DPKG, _TO_EXT4)  # what every disk made here depends on
 
 
-async def build(staging: Path, report: bootstrap.Report, mirror: str | None) -> None:
-    """Make root.raw in the empty directory `staging`."""
+async def build(
+    staging: Path, packages: Sequence[str], hooks: Sequence[str], report: bootstrap.Report, mirror: str | None
+) -> None:
+    """Make root.raw in the empty directory `staging`. The hooks are shell scripts; they run when the packages are
+    installed, in this order, each with the new root directory as $1."""
     archive = staging / "packages.tar"
-    hook = (initramfs.GUEST / "customize.sh").read_text()
     extra = [f"--dpkgopt={option}" for option in _DPKG]
-    # the hook's text, not its path: the namespace's user may not be able to read the file
-    extra.append(f"--customize-hook={hook}")
-    await bootstrap.mmdebstrap(archive, variant="apt", include=PACKAGES, report=report, mirror=mirror, extra=extra)
+    # the hooks' texts, not their paths: the namespace's user may not be able to read the files
+    extra += [f"--customize-hook={hook}" for hook in hooks]
+    await bootstrap.mmdebstrap(archive, variant="apt", include=packages, report=report, mirror=mirror, extra=extra)
     report(0.93, "writing the file system")
     await to_ext4(archive, staging / "root.raw")
     archive.unlink()
