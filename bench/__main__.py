@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
-from bench import durability, floor, suite, warm
+from bench import durability, engine, floor, suite, warm
 from limpet import Client, images, paths, process
 from limpet.vmm import accel
 
@@ -63,6 +63,8 @@ def main(wanted: list[str]) -> int:
             reached &= record("warm", verdict.accel, warm.rows(client, where))
         if not wanted or "durable" in wanted:
             reached &= record("durable", verdict.accel, durability.rows(client, where))
+        if not wanted or "engine" in wanted:
+            reached &= record("engine", verdict.accel, engine.rows(client))
     return 0 if reached else 1
 
 
