@@ -8,6 +8,7 @@ wakes the port's wait queue for both).
 from __future__ import annotations
 
 import os
+import time
 
 from limpet_agent.loop import EDGE, HUP, IN, OUT, Loop
 
@@ -22,6 +23,7 @@ PORT_NAME = "limpet.agent"
 _READ = 64 << 10
 _READS_PER_TURN = 64  # then others get a turn
 _RETRY = 1.0  # seconds between looks at a port whose edge we might have missed
+_OLD_NEWS = 1.0  # seconds by which what the port says of its host may be behind the host's bytes
 
 
 class Link:
@@ -37,6 +39,9 @@ class Link:
     def fileno(self) -> int:
         """The descriptor that is watched; -1 when no host is connected."""
         return self._fd
+
+    def begun(self) -> None:
+        """A host has greeted us."""
 
     def write(self, buffers: Buffers) -> int:
         """Bytes taken; 0 when the host does not read just now (or is not there)."""
@@ -83,6 +88,7 @@ class PortLink(Link):
     def __init__(self, loop: Loop, device: str) -> None:
         super().__init__(loop)
         self._up = False
+        self._begun = -_OLD_NEWS
         self._fd = os.open(device, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
 
     def start(self) -> None:
@@ -90,12 +96,18 @@ class PortLink(Link):
         self._loop.watch(self._fd, IN | OUT | HUP | EDGE, self._event)
         self._look_again()
 
+    def begun(self) -> None:
+        self._begun = time.monotonic()
+
     def _arrived(self, data: bytes) -> None:
         self._up = True
         self.received(data)
 
     def _gone(self) -> None:
-        if self._up:
+        """Who comes and goes travels apart from the bytes: soon after a greeting it may be the last host that left."""
+        if self._up and time.monotonic() - self._begun < _OLD_NEWS:
+            self._loop.after(_OLD_NEWS, self._read)
+        elif self._up:
             self._up = False
             self.lost()
 

@@ -301,6 +301,7 @@ class Mux:
         self._pending.clear()  # a frame cut short; the host looks for our HELLO
         self._control.clear()
         self._control.append(frames.hello(nonce))
+        self._link.begun()
         self._log("session")
 
     def _lost(self) -> None:
@@ -309,8 +310,6 @@ class Mux:
         self._drop_all()
         self._pending.clear()
         self._control.clear()
-        # The port may tell of a host that left only when the next one has begun: it must hear that its streams are gone
-        self._control.append(frames.hello())
 
     def _drop_all(self) -> None:
         self._ready.clear()

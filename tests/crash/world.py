@@ -68,6 +68,7 @@ class World:
         self.box = self.client.sandboxes.create("box", **SHAPE)
         self.write(EARLY)
         self.early = self.box.checkpoint(label=EARLY).id
+        self.box.sync()  # there is a vault to look at, however early it comes to that
 
     # ── the daemon ───────────────────────────────────────────────────────────────────────────────────────────────
 
