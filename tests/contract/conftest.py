@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.contract.local_guest import LocalGuest
+from tests.contract.local_server import Running, running
 
 
 @pytest.fixture(scope="module")
@@ -22,3 +23,10 @@ def guest() -> Iterator[LocalGuest]:
     finally:
         found.stop()
         shutil.rmtree(root, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Running]:
+    """A daemon's API without machines behind it, one per module."""
+    with running() as found:
+        yield found

@@ -24,12 +24,6 @@ from tests.contract.local_server import HEADERS, Running, running
 from tests.contract.local_services import CHUNK
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[Running]:
-    with running() as found:
-        yield found
-
-
 @pytest.fixture
 def client(server: Running) -> Iterator[httpx.Client]:
     with server.client() as found:

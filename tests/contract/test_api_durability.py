@@ -9,17 +9,11 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.contract.local_server import Running, running
+from tests.contract.local_server import Running
 from tests.contract.local_vaults import KEPT, ODD
 from tests.contract.test_api_moments import refusal, result
 
 WEB = "/v1/sandboxes/web"
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Running]:
-    with running() as found:
-        yield found
 
 
 @pytest.fixture

@@ -18,12 +18,6 @@ from tests.contract.local_server import HEADERS, Running, running
 from tests.contract.local_services import CHUNK, PlayedSession
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[Running]:
-    with running() as found:
-        yield found
-
-
 @contextlib.contextmanager
 def connect(server: Running, path: str, headers: dict[str, str] | None = None) -> Iterator[ClientConnection]:
     uri = f"ws://limpet/v1/sandboxes/{path}"

@@ -11,13 +11,7 @@ import pytest
 
 from limpet.errors import BY_CODE
 from limpet.models import State
-from tests.contract.local_server import Running, running
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Running]:
-    with running() as found:
-        yield found
+from tests.contract.local_server import Running
 
 
 @pytest.fixture

@@ -9,16 +9,10 @@ import httpx
 import pytest
 
 from tests.contract.local_runtime import LINES, MISSING
-from tests.contract.local_server import Running, running
+from tests.contract.local_server import Running
 from tests.contract.test_api_moments import refusal, result
 
 RUNTIME = "/v1/sandboxes/web/runtime"
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Running]:
-    with running() as found:
-        yield found
 
 
 @pytest.fixture
