@@ -16,6 +16,7 @@ from limpet.models import (
     RuntimeStopped,
     RuntimeStopRequest,
     Sandbox,
+    ServiceName,
     ServiceStatus,
     Stage,
     State,
@@ -23,8 +24,7 @@ from limpet.models import (
 from limpet.services.operations import Stages
 from tests.contract.local_moments import PlayedMoments
 
-Service = Literal["containerd", "dockerd"]
-SERVICES: tuple[Service, ...] = ("containerd", "dockerd")
+SERVICES: tuple[ServiceName, ...] = ("containerd", "dockerd")
 MISSING = "the image lacks dockerd, containerd"
 LINES = 1000
 PORTS = [
@@ -92,7 +92,7 @@ class PlayedRuntimes:
 
         return self._boxes.operations.start("runtime stop", name, work)
 
-    async def logs(self, name: str, service: Service, tail: int | None) -> AsyncIterator[bytes]:
+    async def logs(self, name: str, service: ServiceName, tail: int | None) -> AsyncIterator[bytes]:
         await self._running(name)
 
         async def kept() -> AsyncIterator[bytes]:

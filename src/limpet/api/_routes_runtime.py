@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from starlette.responses import Response
 
 from limpet.api._endpoint import TEXT, Call, Endpoint, Many, Raw, stream
-from limpet.api.door import ServiceName
 from limpet.api.queries import TailQuery
 from limpet.errors import NotFound, nearest
-from limpet.models import ContainerPort, Operation, RuntimeStatus, RuntimeStopRequest
+from limpet.models import ContainerPort, Operation, RuntimeStatus, RuntimeStopRequest, ServiceName
 
 _ONE = "/v1/sandboxes/{name}/runtime"
 _SERVICES: dict[str, ServiceName] = {"containerd": "containerd", "dockerd": "dockerd"}

@@ -48,6 +48,7 @@ from limpet.models import (
     RuntimeStatus,
     RuntimeStopRequest,
     Sandbox,
+    ServiceName,
     SetRequest,
     SetResult,
     Setting,
@@ -70,7 +71,6 @@ from limpet.services.operations import Operations
 from limpet.services.streams import ExecSession, FileBody, PatchBody, VaultFile
 
 LogSource = Literal["console", "agent", "qemu"]
-ServiceName = Literal["containerd", "dockerd"]
 LaneName = Literal["stdout", "stderr"]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import termios
 import tty
 from collections.abc import Iterator
@@ -37,6 +38,12 @@ def is_open(fd: int) -> bool:
     except OSError:
         return False
     return True
+
+
+def print_bytes(text: bytes) -> None:
+    """To standard output, behind what was printed, with a line end."""
+    sys.stdout.flush()
+    write_all(1, text if text.endswith(b"\n") or not text else text + b"\n")
 
 
 def write_all(fd: int, data: bytes) -> None:

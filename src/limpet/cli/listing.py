@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any
@@ -126,8 +125,7 @@ def logs(
         raise typer.BadParameter(f"{source!r} is none of console, agent, qemu", param_hint="--source")
     with Client() as client:
         text = _boxes.one(client, name).logs(source, tail)  # type: ignore[arg-type]
-    sys.stdout.flush()
-    _terminal.write_all(1, text if text.endswith(b"\n") or not text else text + b"\n")
+    _terminal.print_bytes(text)
     return 0
 
 

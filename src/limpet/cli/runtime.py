@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -88,8 +87,7 @@ def logs(
         raise typer.BadParameter(f"{service!r} is neither dockerd nor containerd", param_hint="SERVICE")
     with Client() as client:
         text = _boxes.one(client, name).runtime.logs("dockerd" if service == "dockerd" else "containerd", tail)
-    sys.stdout.flush()
-    _terminal.write_all(1, text if text.endswith(b"\n") or not text else text + b"\n")
+    _terminal.print_bytes(text)
     return 0
 
 

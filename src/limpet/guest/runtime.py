@@ -12,15 +12,14 @@ from limpet import errors
 from limpet.guest.agent import Agent
 from limpet.guest.answers import given_up, valid
 from limpet.guest.streams import Data, nonsense
-from limpet.models import RuntimeStatus, ServiceStatus
+from limpet.models import RuntimeStatus, ServiceName, ServiceStatus
 
 Text = Annotated[str, StringConstraints(max_length=4096)]
 Name = Annotated[str, StringConstraints(max_length=256)]
-Service = Literal["containerd", "dockerd"]
 Port = Annotated[int, Field(gt=0, lt=1 << 16)]
 Told = Callable[[str, str, str | None], None]
 
-SERVICES: tuple[Service, ...] = ("containerd", "dockerd")
+SERVICES: tuple[ServiceName, ...] = ("containerd", "dockerd")
 _START = 120.0  # seconds that containerd and dockerd may need together
 _LOOK = 30.0  # seconds for questions to both services, each of which may be silent
 _MORE = 30.0  # seconds beyond those that containers get
@@ -34,15 +33,15 @@ class Ensured(BaseModel):
     """`not_ready` is an answer only when nothing was to be started."""
 
     how: Literal["started", "reused", "not_ready"]
-    started: list[Service] = Field(default=[], max_length=2)
+    started: list[ServiceName] = Field(default=[], max_length=2)
     seconds: float = Field(ge=0, allow_inf_nan=False)
 
 
 class Stopped(BaseModel):
     """Which services ended, and which of them had to be killed."""
 
-    stopped: list[Service] = Field(max_length=2)
-    killed: list[Service] = Field(max_length=2)
+    stopped: list[ServiceName] = Field(max_length=2)
+    killed: list[ServiceName] = Field(max_length=2)
 
 
 class Bound(BaseModel):
@@ -75,7 +74,7 @@ class _EnsuredAnswer(BaseModel):
 
 
 class _Service(BaseModel):
-    name: Service
+    name: ServiceName
     state: Literal["ready", "not_ready", "error"]
     reason: Text | None = None
     pid: int | None = Field(default=None, gt=0)

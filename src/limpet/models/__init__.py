@@ -65,6 +65,7 @@ from limpet.models._runtime import (
     RuntimeStatus,
     RuntimeStopped,
     RuntimeStopRequest,
+    ServiceName,
     ServiceStatus,
 )
 from limpet.models._sandboxes import (
@@ -163,6 +164,7 @@ __all__ = [
     "RuntimeStopped",
     "Sandbox",
     "SandboxSpec",
+    "ServiceName",
     "ServiceStatus",
     "SetRequest",
     "SetResult",

@@ -8,12 +8,14 @@ from pydantic import Field
 
 from limpet.models._base import Model, Request
 
+ServiceName = Literal["containerd", "dockerd"]
+
 
 class ServiceStatus(Model):
     """One service of the runtime. `not_ready`: it does not run; `error`: it should answer and does not, `reason` says
     what was seen (`socket exists but does not answer`). A `ready` one has just answered a call of its API."""
 
-    name: Literal["containerd", "dockerd"]
+    name: ServiceName
     state: Literal["ready", "not_ready", "error"]
     reason: str | None = None
     pid: int | None = None

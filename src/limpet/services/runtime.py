@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 
 from limpet.errors import FailedPrecondition, Unimplemented
-from limpet.guest.runtime import Container, Runtime, Service, Told
+from limpet.guest.runtime import Container, Runtime, Told
 from limpet.models import (
     ContainerPort,
     Operation,
@@ -15,6 +15,7 @@ from limpet.models import (
     RuntimeStatus,
     RuntimeStopped,
     RuntimeStopRequest,
+    ServiceName,
     Stage,
     State,
 )
@@ -75,7 +76,7 @@ class Runtimes:
 
         return self._host.operations.start("runtime stop", name, work)
 
-    async def logs(self, name: str, service: Service, tail: int | None) -> AsyncIterator[bytes]:
+    async def logs(self, name: str, service: ServiceName, tail: int | None) -> AsyncIterator[bytes]:
         """The last `tail` lines that a service wrote, at most 4 MiB; empty when it never ran."""
         vm = self._awake(self._host.records.by_name(name))
         return Runtime(await vm.agent()).log(service, tail)

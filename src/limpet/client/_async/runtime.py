@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from limpet.client._async.operations import AsyncOperations, OnStage
 from limpet.client._async.transport import AsyncTransport
-from limpet.models import ContainerPort, RuntimeResult, RuntimeStatus, RuntimeStopped
+from limpet.models import ContainerPort, RuntimeResult, RuntimeStatus, RuntimeStopped, ServiceName
 
 if TYPE_CHECKING:
     from limpet.client._async.sandbox import AsyncSandbox
@@ -36,7 +36,7 @@ class AsyncRuntime:
         path, body = self._sandbox.path("runtime", "stop"), {"timeout": timeout}
         return RuntimeStopped.model_validate(await self._operations.run("POST", path, body=body, on_stage=on_stage))
 
-    async def logs(self, service: Literal["containerd", "dockerd"] = "dockerd", tail: int | None = None) -> bytes:
+    async def logs(self, service: ServiceName = "dockerd", tail: int | None = None) -> bytes:
         """The last `tail` lines that a service wrote (None: all that can be had, at most 4 MiB)."""
         path = self._sandbox.path("runtime", "logs", service)
         async with self._transport.stream("GET", path, params={"tail": tail}) as response:

@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from limpet.client._sync.operations import Operations, OnStage
 from limpet.client._sync.transport import Transport
-from limpet.models import ContainerPort, RuntimeResult, RuntimeStatus, RuntimeStopped
+from limpet.models import ContainerPort, RuntimeResult, RuntimeStatus, RuntimeStopped, ServiceName
 
 if TYPE_CHECKING:
     from limpet.client._sync.sandbox import Sandbox
@@ -37,7 +37,7 @@ class Runtime:
         path, body = self._sandbox.path("runtime", "stop"), {"timeout": timeout}
         return RuntimeStopped.model_validate(self._operations.run("POST", path, body=body, on_stage=on_stage))
 
-    def logs(self, service: Literal["containerd", "dockerd"] = "dockerd", tail: int | None = None) -> bytes:
+    def logs(self, service: ServiceName = "dockerd", tail: int | None = None) -> bytes:
         """The last `tail` lines that a service wrote (None: all that can be had, at most 4 MiB)."""
         path = self._sandbox.path("runtime", "logs", service)
         with self._transport.stream("GET", path, params={"tail": tail}) as response:
